@@ -1,0 +1,1 @@
+"""The buses: how a guest finds its devices and talks to them."""

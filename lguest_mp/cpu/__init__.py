@@ -1,0 +1,1 @@
+"""The CPU engines: what executes the guest's instructions."""

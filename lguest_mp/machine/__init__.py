@@ -1,0 +1,1 @@
+"""The machines: what a guest finds when it looks around."""
