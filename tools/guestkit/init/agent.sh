@@ -1,0 +1,34 @@
+#!/bin/sh
+# The first process of a guest under test. It loads the drivers and then does what it is told, one line at a time:
+# "run ID COMMAND" runs COMMAND in a shell and ends its output with the line "@ID STATUS".
+#
+# On the kernel's command line:
+#   agent=TTY      where it listens (hvc0); ttyS0 works without any driver
+#   load=A,B,...   the modules to load; all (the default), none
+
+echo "init: started"
+. /init-common
+
+agent() {
+    exec <"/dev/$1" >"/dev/$1" 2>&1
+    stty -echo
+    echo "agent: ready on $1"
+    while read -r verb id command; do
+        [ "$verb" = run ] || continue
+        (eval "$command")
+        echo "@$id $?"
+    done
+    echo "agent: hung up"
+}
+
+dmesg -n 1
+case "$(option load all)" in
+    all) load $(cat /modules/default) ;;
+    none) ;;
+    *) load $(option load none | tr , ' ') ;;
+esac
+
+tty=$(option agent hvc0)
+wait_for "/dev/$tty" || echo "init: there is no /dev/$tty"
+agent "$tty"
+while :; do sleep 1000; done

@@ -1,0 +1,33 @@
+# What every first process of ours does first: see the world, and load the drivers.
+
+mount -t devtmpfs dev /dev
+mkdir -p /proc /sys /tmp /run /mnt /dev/pts
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t tmpfs tmp /tmp
+mount -t devpts devpts /dev/pts
+export PATH=/bin HOME=/root TERM="${TERM:-linux}"
+
+# option NAME DEFAULT: the value of NAME=... on the kernel's command line
+option() {
+    for word in $(cat /proc/cmdline); do
+        case "$word" in "$1"=*) echo "${word#*=}"; return ;; esac
+    done
+    echo "$2"
+}
+
+# load NAME...: the modules, each after what it needs (they are listed in that order)
+load() {
+    for name in $(cat /modules/order); do
+        for wanted in "$@"; do
+            [ "$name" = "$wanted" ] && ! [ -d "/sys/module/$name" ] && insmod "/modules/$name.ko"
+        done
+    done
+}
+
+# wait_for FILE: until a driver has made it; a second at most, then whoever needs it says so
+wait_for() {
+    tries=100
+    while ! [ -e "$1" ] && [ "$tries" -gt 0 ]; do usleep 10000; tries=$((tries - 1)); done
+    [ -e "$1" ]
+}
