@@ -27,6 +27,8 @@ GIB = 1 << 30
 #: RAM ends here at the latest and continues at ``HIGH_RAM_BASE``.
 LOW_RAM_LIMIT = 3 * GIB
 HIGH_RAM_BASE = 4 * GIB
+#: Linux's mman.h on x86-64; Python's mmap module knows it from 3.13 on.
+MAP_NORESERVE = 0x4000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -55,7 +57,7 @@ class GuestMemory:
         self.regions = tuple(regions)
         try:
             self._mapping = mmap.mmap(
-                -1, size + 2 * PAGE_SIZE, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+                -1, size + 2 * PAGE_SIZE, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | MAP_NORESERVE
             )
         except (OSError, OverflowError, ValueError) as error:
             raise LguestError(f"cannot map {size >> 20} MiB of guest memory: {error}; ask for less") from error
