@@ -1,0 +1,82 @@
+"""A file that the user named: opened once, measured, and then only read where asked.
+
+Whatever can be wrong with it is one line: it is not there, may not be read, is a directory, has nothing in it, or has
+become shorter since it was measured. It stays open from the checks to the loading, so that both see the same file,
+whatever its name means by then.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from lguest_mp.errors import LguestError
+
+CHUNK_SIZE = 1 << 20
+
+
+class HostFile:
+    """A regular file, open for reading; ``what`` it is to the user ("kernel"), ``size`` in bytes, never 0."""
+
+    def __init__(self, what: str, path: Path) -> None:
+        self.name = f"{what} {path}"
+        try:
+            # O_NONBLOCK: a FIFO without a writer must be an error, not a wait.
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise LguestError(f"cannot open {self.name}: {reason}") from error
+        status = os.fstat(self._fd)
+        self.size = status.st_size
+        if stat.S_ISREG(status.st_mode) and self.size:
+            return
+        self.close()
+        if stat.S_ISDIR(status.st_mode):
+            raise LguestError(f"{self.name} is a directory; give a file")
+        if not stat.S_ISREG(status.st_mode):
+            raise LguestError(f"{self.name} is not a regular file; give one")
+        raise LguestError(f"{self.name} is empty")
+
+    def close(self) -> None:
+        """Closes the file; again does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The bytes from ``offset`` on, fewer than ``length`` only at the end of the file."""
+        parts = []
+        while length:
+            try:
+                part = os.pread(self._fd, length, offset)
+            except OSError as error:
+                raise LguestError(f"cannot read {self.name} at byte {offset}: {error.strerror}") from error
+            if not part:
+                break
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fills ``buffer`` from ``offset`` on; LguestError where the file ends before."""
+        while buffer:
+            try:
+                count = os.preadv(self._fd, [buffer], offset)
+            except OSError as error:
+                raise LguestError(f"cannot read {self.name} at byte {offset}: {error.strerror}") from error
+            if not count:
+                raise LguestError(f"{self.name} became shorter while it was read; start again")
+            buffer = buffer[count:]
+            offset += count
+
+    def chunks(self) -> Iterator[bytes]:
+        """The whole file in pieces, as long as it was when it was opened."""
+        for offset in range(0, self.size, CHUNK_SIZE):
+            length = min(CHUNK_SIZE, self.size - offset)
+            chunk = self.read(offset, length)
+            if len(chunk) != length:
+                raise LguestError(f"{self.name} became shorter while it was read; start again")
+            yield chunk

@@ -1,0 +1,158 @@
+"""What kind of kernel a file holds, and what of it goes where.
+
+Every kind comes down to the same: segments (pieces of a stream of bytes that have an address), an entry point, and a
+setup header. The stream is the file (vmlinux), the unpacked payload (bzImage), or the image's own code (a bzImage whose
+payload nobody here can unpack). All checks are made when it is read; loading only copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+from lguest_mp.boot.bzimage import ENTRY_64, MAX_IMAGE_SIZE, BzImage, is_bzimage, parse_bzimage
+from lguest_mp.boot.elf import HEADERS_SIZE, ElfImage, Segment, is_elf, parse_elf
+from lguest_mp.boot.files import HostFile
+from lguest_mp.boot.payload import Payload, find_compression
+from lguest_mp.boot.zeropage import ZeroPage
+from lguest_mp.errors import LguestError
+from lguest_mp.memory import GuestMemory
+
+MIB = 1 << 20
+#: Below 1 MiB are the tables that the loader makes.
+KERNEL_FIRST = 1 * MIB
+#: Runs of zeros are not written, in steps of this many bytes: the guest's memory is zeros already.
+ZEROS = bytes(64 << 10)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel, read and checked: guest-physical addresses, sizes in bytes.
+
+    ``first`` to ``end`` is the kernel's until it manages memory itself. ``unpacks_itself``: what runs first is the
+    image's own decompressor.
+    """
+
+    name: str
+    header: ZeroPage
+    entry: int
+    segments: tuple[Segment, ...]
+    first: int
+    end: int
+    unpacks_itself: bool
+    source: Callable[[], Iterable[bytes]]
+
+    def load(self, memory: GuestMemory) -> None:
+        """Copies the segments into memory that is zeros."""
+        for address, piece in _pieces(self.segments, self.source()):
+            memory.write(address, piece)
+
+
+def _pieces(segments: Iterable[Segment], chunks: Iterable[bytes]) -> Iterator[tuple[int, memoryview]]:
+    """What of a stream goes where, without its longer runs of zeros; ends with the last byte that is needed."""
+    start = 0
+    needed = max(segment.offset + segment.size for segment in segments)
+    for chunk in chunks:
+        view = memoryview(chunk)
+        for segment in segments:
+            first = max(segment.offset - start, 0)
+            last = min(segment.offset + segment.size - start, len(chunk))
+            for at, until in _runs(chunk, first, last):
+                yield segment.address + start + at - segment.offset, view[at:until]
+        start += len(chunk)
+        if start >= needed:
+            return
+
+
+def _runs(chunk: bytes, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """The parts of ``chunk[first:last]`` that are not zeros."""
+    begin = at = first
+    while at < last:
+        step = min(len(ZEROS), last - at)
+        if chunk.startswith(ZEROS if step == len(ZEROS) else ZEROS[:step], at):
+            if begin < at:
+                yield begin, at
+            begin = at + step
+        at += step
+    if begin < at:
+        yield begin, at
+
+
+def read_kernel(file: HostFile, low_memory: int) -> Kernel:
+    """Finds out what ``file`` is and checks it for a guest whose RAM begins with ``low_memory`` bytes at 0."""
+    head = file.read(0, HEADERS_SIZE)
+    if is_elf(head):
+        image = parse_elf(file.name, head, file.size)
+        return _direct(file.name, ZeroPage.of_vmlinux(), image, file.chunks, low_memory)
+    if is_bzimage(head):
+        return _read_bzimage(file, parse_bzimage(file, head), low_memory)
+    raise LguestError(f"{file.name} is no kernel: neither an ELF vmlinux nor a bzImage")
+
+
+def _direct(
+    name: str, header: ZeroPage, image: ElfImage, source: Callable[[], Iterable[bytes]], low_memory: int
+) -> Kernel:
+    first = min(segment.address for segment in image.segments)
+    end = max(segment.end for segment in image.segments)
+    _check_place(name, first, end, low_memory)
+    return Kernel(name, header, image.entry, image.segments, first, end, unpacks_itself=False, source=source)
+
+
+def _check_place(name: str, first: int, end: int, low_memory: int) -> None:
+    if first < KERNEL_FIRST:
+        raise LguestError(f"{name} wants to be at {first:#x}, where the boot tables are (below {KERNEL_FIRST:#x})")
+    if end > low_memory:
+        raise LguestError(
+            f"{name} needs memory up to {end:#x}; the guest's {low_memory >> 20} MiB end at {low_memory:#x}:"
+            f" give it at least {-(-end // MIB)} MiB"
+        )
+
+
+def _read_bzimage(file: HostFile, image: BzImage, low_memory: int) -> Kernel:
+    packed = file.read(image.payload_offset, image.payload_size)
+    compression = find_compression(memoryview(packed))
+    if compression:
+        kernel = _unpack(file.name, image, Payload(file.name, memoryview(packed), compression), low_memory)
+        if kernel:
+            return kernel
+    return _own_entry(file, image, low_memory)
+
+
+def _unpack(name: str, image: BzImage, payload: Payload, low_memory: int) -> Kernel | None:
+    """The kernel inside, unpacked once from beginning to end to know that it can be; None: it is not ELF."""
+    limit = min(low_memory, MAX_IMAGE_SIZE)
+    if payload.size > limit:
+        raise LguestError(
+            f"{name} unpacks to {payload.size} bytes; for this guest {limit} are the most: give it more memory"
+        )
+    chunks = payload.chunks()
+    first = next(chunks, b"")
+    if not is_elf(first):
+        return None
+    elf = parse_elf(f"{name} (unpacked)", first[:HEADERS_SIZE], payload.size)
+    source: Callable[[], Iterable[bytes]] = payload.chunks
+    kernel = _direct(name, image.header, elf, source, low_memory)
+    if payload.compression.cheap:
+        for _ in chunks:
+            pass
+        return kernel
+    kept = tuple(chain((first,), chunks))
+    return _direct(name, image.header, elf, lambda: kept, low_memory)
+
+
+def _own_entry(file: HostFile, image: BzImage, low_memory: int) -> Kernel:
+    address, end = image.own_address, image.own_address + image.own_size
+    _check_place(file.name, address, end, low_memory)
+    code = file.read(image.code_offset, image.code_size)
+    segment = Segment(0, len(code), address, image.own_size)
+    return Kernel(
+        file.name,
+        image.header,
+        address + ENTRY_64,
+        (segment,),
+        address,
+        end,
+        unpacks_itself=True,
+        source=lambda: (code,),
+    )
