@@ -1,0 +1,339 @@
+/* The handful of instructions that stand between Unicorn and the guest.
+
+   What the library leaves to its user (delivering exceptions, SYSCALL, external interrupts), and what it gets wrong
+   (which pages hold translated code), is done here, in machine code: these run hundreds of thousands of times a
+   second, some of them leave by longjmp, which must not cross a Python frame, and a user of this package has no
+   compiler. `tools/build-native` assembles this file into native_code.py; a test checks that they match.
+
+   internals.py copies the code to an executable page. The page after it is `table`: addresses of the library's
+   functions, of Python callbacks and of the structures, filled in before anything runs. GNU as, Intel syntax.
+   Offsets into env (struct CPUX86State) and cs (struct CPUState) are those of Unicorn 2.1.4, which internals.py
+   verifies. Calling convention: System V AMD64; at each entry rsp is 8 modulo 16. */
+
+        .intel_syntax noprefix
+        .text
+
+        /* env: target/i386/cpu.h */
+        .set ENV_RAX, 0*8
+        .set ENV_RCX, 1*8
+        .set ENV_RDX, 2*8
+        .set ENV_R11, 11*8
+        .set ENV_EIP, 0x80
+        .set ENV_EFLAGS, 0x88
+        .set ENV_CC_SRC, 0x98
+        .set ENV_CC_OP, 0xa8
+        .set ENV_DF, 0xac
+        .set ENV_HFLAGS, 0xb0
+        .set ENV_SEG_CS, 0xd0
+        .set ENV_SEG_SS, 0xe8
+        .set ENV_EFER, 0x250
+        .set ENV_STAR, 0x12d8
+        .set ENV_LSTAR, 0x12e8
+        .set ENV_CSTAR, 0x12f0
+        .set ENV_FMASK, 0x12f8
+        /* SegmentCache */
+        .set SELECTOR, 0
+        .set BASE, 8
+        .set LIMIT, 16
+        .set FLAGS, 20
+
+        .set CC_OP_EFLAGS, 1
+        .set HF_CPL, 3
+        .set HF_INHIBIT_IRQ, 1 << 3
+        .set HF_CS32, 1 << 4
+        .set HF_SS32, 1 << 5
+        .set HF_ADDSEG, 1 << 6
+        .set HF_LMA, 1 << 14
+        .set HF_CS64, 1 << 15
+        .set IF_MASK, 1 << 9
+        .set RF_MASK, 1 << 16
+        .set DF_MASK, 1 << 10
+        .set CC_MASK, 0x8d5
+        .set EXCP06_ILLOP, 6
+
+        .set PAGE_SHIFT, 12
+        .set table, start + 4096
+
+        /* The table; internals.py fills it by these names. */
+        .macro slot name, number
+        .set \name, table + 8*\number
+        .endm
+        slot do_interrupt, 0            /* x86_cpu_do_interrupt(cs) */
+        slot do_hardirq, 1              /* do_interrupt_x86_hardirq(env, vector, 1) */
+        slot read_eflags, 2             /* helper_read_eflags(env) */
+        slot raise_exception, 3         /* helper_raise_exception(env, vector) */
+        slot restore_state, 4           /* cpu_restore_state(cs, host_pc, will_exit) */
+        slot check_iob, 5               /* helper_check_iob(env, port), and so on */
+        slot check_iow, 6
+        slot check_iol, 7
+        slot original_cpuid, 8
+        slot original_rdmsr, 9
+        slot original_wrmsr, 10
+        slot tlb_reset_dirty, 11        /* tlb_reset_dirty(cs, host_address, length) */
+        slot invalidate_fast, 12        /* tb_invalidate_phys_page_fast(uc, pages, start, len, retaddr) */
+        slot original_set_dirty, 13     /* tlb_set_dirty(cs, vaddr) */
+        slot python_take, 14            /* int take(void): a vector, or -1 */
+        slot python_jobs, 15            /* void jobs(void) */
+        slot python_in, 16              /* uint64 in(port, size) */
+        slot python_out, 17             /* void out(port, size, value) */
+        slot python_cpuid, 18           /* void cpuid(leaf, subleaf): changes the registers */
+        slot python_rdmsr, 19           /* int rdmsr(index): 1 and `value` set, or 0 */
+        slot python_wrmsr, 20           /* int wrmsr(index, value): 1, or 0: not the platform's */
+        slot cpu_state, 21                     /* CPUState */
+        slot cpu_env, 22                    /* CPUX86State */
+        slot ram, 23                    /* host address of ram address 0 */
+        slot code_map, 24               /* one byte per page of RAM: holds translated code */
+        slot code_pages, 25             /* how many */
+        slot last_write, 26             /* ram address of the last store that took the slow path */
+        slot jobs_wanted, 27            /* not 0: run python_jobs between two blocks */
+        slot value, 28                  /* what python_rdmsr read */
+
+start:
+
+/* void on_interrupt(uc, intno, cs): UC_HOOK_INTR. Exceptions and INT n go through the guest's IDT. */
+        .globl on_interrupt
+on_interrupt:
+        mov     rdi, rdx
+        jmp     [rip + do_interrupt]
+
+/* bool on_invalid(uc, cs): UC_HOOK_INSN_INVALID. #UD does, too. */
+        .globl on_invalid
+on_invalid:
+        sub     rsp, 8
+        mov     rdi, rsi
+        call    [rip + do_interrupt]
+        mov     eax, 1
+        add     rsp, 8
+        ret
+
+/* bool exec_interrupt(cs, request), in place of x86_cpu_exec_interrupt: between two blocks, with something wanted.
+   True when the program flow or the translations changed. */
+        .globl exec_interrupt
+exec_interrupt:
+        sub     rsp, 8
+        cmp     dword ptr [rip + jobs_wanted], 0
+        jne     1f
+        mov     rdi, [rip + cpu_env]
+        test    dword ptr [rdi + ENV_EFLAGS], IF_MASK
+        jz      2f
+        test    dword ptr [rdi + ENV_HFLAGS], HF_INHIBIT_IRQ
+        jnz     2f
+        call    [rip + python_take]
+        test    eax, eax
+        js      2f
+        mov     rdi, [rip + cpu_env]
+        mov     esi, eax
+        mov     edx, 1
+        call    [rip + do_hardirq]
+        jmp     3f
+1:      call    [rip + python_jobs]
+3:      mov     eax, 1
+        add     rsp, 8
+        ret
+2:      xor     eax, eax
+        add     rsp, 8
+        ret
+
+/* void syscall(env, next_eip_addend), in place of helper_syscall (AMD64 APM 3, SYSCALL). */
+        .globl syscall
+syscall:
+        test    byte ptr [rdi + ENV_EFER], 1
+        jz      1f
+        test    dword ptr [rdi + ENV_HFLAGS], HF_LMA
+        jz      1f
+        push    rbx
+        sub     rsp, 16
+        mov     rbx, rdi
+        mov     [rsp], esi
+        call    [rip + read_eflags]
+        mov     eax, eax
+        and     eax, ~RF_MASK
+        mov     [rbx + ENV_R11], rax
+        movsxd  rcx, dword ptr [rsp]
+        add     rcx, [rbx + ENV_EIP]
+        mov     [rbx + ENV_RCX], rcx
+        /* RFLAGS &= ~FMASK; the library keeps the condition codes and DF apart */
+        mov     ecx, [rbx + ENV_FMASK]
+        not     ecx
+        and     eax, ecx
+        mov     ecx, eax
+        and     ecx, CC_MASK
+        mov     [rbx + ENV_CC_SRC], rcx
+        mov     dword ptr [rbx + ENV_CC_OP], CC_OP_EFLAGS
+        mov     edx, eax
+        shr     edx, 9
+        and     edx, 2
+        mov     ecx, 1
+        sub     ecx, edx
+        mov     [rbx + ENV_DF], ecx
+        and     eax, ~(CC_MASK | DF_MASK)
+        or      eax, 2
+        mov     [rbx + ENV_EFLAGS], rax
+        mov     edx, [rbx + ENV_HFLAGS]
+        mov     rax, [rbx + ENV_LSTAR]
+        test    edx, HF_CS64
+        cmovz   rax, [rbx + ENV_CSTAR]
+        mov     [rbx + ENV_EIP], rax
+        mov     rcx, [rbx + ENV_STAR]
+        shr     rcx, 32
+        and     ecx, 0xfffc
+        mov     dword ptr [rbx + ENV_SEG_CS + SELECTOR], ecx
+        mov     qword ptr [rbx + ENV_SEG_CS + BASE], 0
+        mov     dword ptr [rbx + ENV_SEG_CS + LIMIT], 0xffffffff
+        mov     dword ptr [rbx + ENV_SEG_CS + FLAGS], 0xa09b00      /* G L P S code R A */
+        add     ecx, 8
+        mov     dword ptr [rbx + ENV_SEG_SS + SELECTOR], ecx
+        mov     qword ptr [rbx + ENV_SEG_SS + BASE], 0
+        mov     dword ptr [rbx + ENV_SEG_SS + LIMIT], 0xffffffff
+        mov     dword ptr [rbx + ENV_SEG_SS + FLAGS], 0xc09300      /* G B P S W A */
+        and     edx, ~(HF_CPL | HF_ADDSEG)
+        or      edx, HF_CS32 | HF_SS32 | HF_CS64
+        mov     [rbx + ENV_HFLAGS], edx
+        add     rsp, 16
+        pop     rbx
+        ret
+1:      sub     rsp, 8
+        mov     esi, EXCP06_ILLOP
+        call    [rip + raise_exception]         /* does not return */
+
+/* IN and OUT: the library does no privilege check. Beyond IOPL the TSS's permission map decides; the check raises #GP
+   at the instruction, which needs the guest's RIP restored from the translated block we were called from. */
+        .macro  io name, size, check, callback
+        .globl  \name
+\name:
+        mov     eax, [rdi + ENV_HFLAGS]
+        and     eax, HF_CPL
+        mov     ecx, [rdi + ENV_EFLAGS]
+        shr     ecx, 12
+        and     ecx, 3
+        cmp     eax, ecx
+        ja      1f
+2:      mov     edi, esi
+        mov     esi, \size
+        jmp     [rip + \callback]
+1:      push    rdi
+        push    rsi
+        push    rdx
+        mov     rsi, [rsp + 24]
+        mov     rdi, [rip + cpu_state]
+        mov     edx, 1
+        call    [rip + restore_state]
+        mov     rdi, [rsp + 16]
+        mov     esi, [rsp + 8]
+        call    [rip + \check]
+        pop     rdx
+        pop     rsi
+        pop     rdi
+        jmp     2b
+        .endm
+
+        io      inb, 1, check_iob, python_in
+        io      inw, 2, check_iow, python_in
+        io      inl, 4, check_iol, python_in
+        io      outb, 1, check_iob, python_out
+        io      outw, 2, check_iow, python_out
+        io      outl, 4, check_iol, python_out
+
+/* void cpuid(env) */
+        .globl cpuid
+cpuid:
+        sub     rsp, 8
+        mov     eax, [rdi + ENV_RAX]
+        mov     [rsp], eax
+        mov     eax, [rdi + ENV_RCX]
+        mov     [rsp + 4], eax
+        call    [rip + original_cpuid]
+        mov     edi, [rsp]
+        mov     esi, [rsp + 4]
+        add     rsp, 8
+        jmp     [rip + python_cpuid]
+
+/* void rdmsr(env), void wrmsr(env): what AMD64 has at 0xc0000000 is hot and the library's; the rest is asked for. */
+        .globl rdmsr
+rdmsr:
+        mov     eax, [rdi + ENV_RCX]
+        cmp     eax, 0xc0000000
+        jae     1f
+        push    rdi
+        mov     edi, eax
+        call    [rip + python_rdmsr]
+        pop     rdi
+        test    eax, eax
+        jz      1f
+        mov     eax, [rip + value]
+        mov     [rdi + ENV_RAX], rax
+        mov     eax, [rip + value + 4]
+        mov     [rdi + ENV_RDX], rax
+        ret
+1:      jmp     [rip + original_rdmsr]
+
+        .globl wrmsr
+wrmsr:
+        mov     eax, [rdi + ENV_RCX]
+        cmp     eax, 0xc0000000
+        jae     1f
+        mov     ecx, [rdi + ENV_RAX]
+        mov     esi, [rdi + ENV_RDX]
+        shl     rsi, 32
+        or      rsi, rcx
+        push    rdi
+        mov     edi, eax
+        call    [rip + python_wrmsr]
+        pop     rdi
+        test    eax, eax
+        jz      1f
+        ret
+1:      jmp     [rip + original_wrmsr]
+
+/* void protect_code(uc, ram_address): a page gets its first translation. Mark it, and have every TLB entry that leads
+   there take the slow path for stores. */
+        .globl protect_code
+protect_code:
+        mov     rax, rsi
+        shr     rax, PAGE_SHIFT
+        cmp     rax, [rip + code_pages]
+        jae     1f
+        mov     rcx, [rip + code_map]
+        mov     byte ptr [rcx + rax], 1
+        mov     rdi, [rip + cpu_state]
+        add     rsi, [rip + ram]
+        mov     edx, 1 << PAGE_SHIFT
+        jmp     [rip + tlb_reset_dirty]
+1:      ret
+
+/* void unprotect_code(uc, ram_address): a page lost its last translation. */
+        .globl unprotect_code
+unprotect_code:
+        shr     rsi, PAGE_SHIFT
+        cmp     rsi, [rip + code_pages]
+        jae     1f
+        mov     rcx, [rip + code_map]
+        mov     byte ptr [rcx + rsi], 0
+1:      ret
+
+/* void page_written(uc, pages, start, len, retaddr), in place of tb_invalidate_phys_page_fast: note where. */
+        .globl page_written
+page_written:
+        mov     [rip + last_write], rdx
+        jmp     [rip + invalidate_fast]
+
+/* void set_dirty(cs, vaddr): after such a store, take the fast path from now on, unless code is left in the page. */
+        .globl set_dirty
+set_dirty:
+        mov     rax, [rip + last_write]
+        shr     rax, PAGE_SHIFT
+        cmp     rax, [rip + code_pages]
+        jae     1f
+        mov     rcx, [rip + code_map]
+        cmp     byte ptr [rcx + rax], 0
+        jne     2f
+1:      jmp     [rip + original_set_dirty]
+2:      ret
+
+/* void nothing(): in place of tlb_reset_dirty_by_vaddr, which walked the whole TLB for every new block; protect_code
+   does it once a page. */
+        .globl nothing
+nothing:
+        ret
+
+        .section .note.GNU-stack, "", @progbits
