@@ -2,7 +2,7 @@
 
 Whatever can be wrong with it is one line: it is not there, may not be read, is a directory, has nothing in it, or has
 become shorter since it was measured. It stays open from the checks to the loading, so that both see the same file,
-whatever its name means by then.
+whatever its name means by then; it closes when the last one who knows it lets go of it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ class HostFile:
 
     def __init__(self, what: str, path: Path) -> None:
         self.name = f"{what} {path}"
+        self._fd = -1
         try:
             # O_NONBLOCK: a FIFO without a writer must be an error, not a wait.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -30,20 +31,16 @@ class HostFile:
             raise LguestError(f"cannot open {self.name}: {reason}") from error
         status = os.fstat(self._fd)
         self.size = status.st_size
-        if stat.S_ISREG(status.st_mode) and self.size:
-            return
-        self.close()
         if stat.S_ISDIR(status.st_mode):
             raise LguestError(f"{self.name} is a directory; give a file")
         if not stat.S_ISREG(status.st_mode):
             raise LguestError(f"{self.name} is not a regular file; give one")
-        raise LguestError(f"{self.name} is empty")
+        if not self.size:
+            raise LguestError(f"{self.name} is empty")
 
-    def close(self) -> None:
-        """Closes the file; again does nothing."""
+    def __del__(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
-            self._fd = -1
 
     def read(self, offset: int, length: int) -> bytes:
         """The bytes from ``offset`` on, fewer than ``length`` only at the end of the file."""

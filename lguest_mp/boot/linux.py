@@ -30,7 +30,6 @@ decompressor would ask for that is set here, unless the command line has ``nokas
 from __future__ import annotations
 
 import struct
-from types import TracebackType
 
 from lguest_mp.boot import zeropage
 from lguest_mp.boot.acpi import acpi_tables
@@ -70,19 +69,9 @@ def prepare(config: GuestConfig) -> Prepared:
     """Reads and checks all that goes into guest memory before the first instruction; LguestError: it cannot be."""
     _check_memory(config.memory)
     low_memory = min(config.memory, LOW_RAM_LIMIT)
-    kernel_file = HostFile("kernel", config.kernel)
-    initrd = None
-    try:
-        kernel = read_kernel(kernel_file, low_memory)
-        command_line = _command_line(config.arguments, kernel)
-        if config.initrd is not None:
-            initrd = HostFile("initrd", config.initrd)
-        return Prepared(config.memory, kernel_file, kernel, command_line, initrd)
-    except LguestError:
-        kernel_file.close()
-        if initrd:
-            initrd.close()
-        raise
+    initrd = None if config.initrd is None else HostFile("initrd", config.initrd)
+    kernel = read_kernel(HostFile("kernel", config.kernel), low_memory)
+    return Prepared(config.memory, kernel, _command_line(config.arguments, kernel), initrd)
 
 
 def _check_memory(size: int) -> None:
@@ -111,32 +100,17 @@ def _command_line(arguments: tuple[str, ...], kernel: Kernel) -> bytes:
 class Prepared:
     """A kernel and what belongs to it, checked against each other and ready to be loaded.
 
-    It holds the files open (close-on-exec) until :meth:`close`, or the end of a ``with``, and much of a bzImage in
-    memory: whoever forks afterwards lets go of it first.
+    As long as it lives it holds the initrd and a vmlinux open (close-on-exec), and of a bzImage the payload in memory:
+    whoever does not load again lets go of it before forking.
     """
 
-    def __init__(
-        self, memory_size: int, kernel_file: HostFile, kernel: Kernel, command_line: bytes, initrd: HostFile | None
-    ) -> None:
+    def __init__(self, memory_size: int, kernel: Kernel, command_line: bytes, initrd: HostFile | None) -> None:
         self.kernel = kernel
         self.command_line = command_line
         self._memory_size = memory_size
-        self._kernel_file = kernel_file
         self._initrd = initrd
         self._initrd_address = self._place_initrd(initrd) if initrd else 0
         self._acpi = acpi_tables(ACPI_TABLES)
-
-    def __enter__(self) -> Prepared:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the files; there is no load() after it."""
-        self._kernel_file.close()
-        if self._initrd:
-            self._initrd.close()
 
     def _place_initrd(self, initrd: HostFile) -> int:
         """As high as the kernel can reach it, page-aligned: the guest-physical address."""
