@@ -31,34 +31,26 @@ class Packages:
         self._shelf = cache / "packages"
         self._state = cache / "apt"
 
-    def tree(self, name: str, packages: Sequence[str]) -> Path:
+    def tree(self, name: str, packages: Sequence[str], dependencies: str = "") -> Path:
         """A directory with what ``packages`` (newest versions) contain, one over the other.
 
-        It is called ``name`` and made when it is not there yet. SetupError when apt cannot get them.
+        It is called ``name`` and made when it is not there yet. What the packages need is added where its name matches
+        the regular expression ``dependencies``, and so on. SetupError when apt cannot get them.
         """
         target = self._shelf / name
         if target.exists():
             return target
         with locked(self._shelf):
             if not target.exists():
-                self._fetch(target, packages)
+                self._fetch(target, packages, re.compile(dependencies))
         return target
 
-    def kernel_tree(self) -> Path:
-        """The tree of the newest cloud kernel of this Debian (its image and modules, whatever their version)."""
-        target = self._shelf / "kernel"
-        if target.exists():
-            return target
-        with locked(self._shelf):
-            if not target.exists():
-                self._fetch(target, self._kernel_packages("linux-image-cloud-amd64"))
-        return target
-
-    def _fetch(self, target: Path, packages: Sequence[str]) -> None:
+    def _fetch(self, target: Path, packages: Sequence[str], dependencies: re.Pattern[str]) -> None:
         for tool in ("apt-get", "dpkg-deb"):
             if shutil.which(tool) is None:
                 raise SetupError(f"{tool} is not here: this needs a Debian (or one of its relatives) to get packages")
         self._require_known(packages)
+        packages = self._closure(packages, dependencies)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as scratch:
             downloads, tree = Path(scratch) / "debs", Path(scratch) / "tree"
             downloads.mkdir()
@@ -86,7 +78,7 @@ class Packages:
         if not stamp.exists() or time.time() - stamp.stat().st_mtime > _INDEX_LASTS:
             self._update()
         for attempt in range(_TRIES):
-            unknown = [name for name in packages if not self._candidates(name)]
+            unknown = [name for name in packages if not self._ask("show", name)]
             if not unknown:
                 return
             if attempt:
@@ -103,18 +95,16 @@ class Packages:
             step("Some of the index could not be read; going on with the rest")
         (self._state / "updated").touch()
 
-    def _candidates(self, name: str) -> str:
-        return self._ask("show", "--no-all-versions", name)
-
-    def _kernel_packages(self, name: str) -> list[str]:
-        """What the meta-package ``name`` stands for: packages of image, modules and the like, with their versions."""
-        self._require_known([name])
-        pattern = re.compile(r"linux-(image|binary|modules|base)-\d\S*")
-        listed = self._ask("depends", "--recurse", "--important", "--no-recommends", name)
-        found = {word for line in listed.splitlines() for word in line.split() if pattern.fullmatch(word)}
-        if not found:
-            raise SetupError(f"the package {name} depends on no kernel: apt-cache depends says {listed!r}")
-        return sorted(found)
+    def _closure(self, packages: Sequence[str], pattern: re.Pattern[str]) -> list[str]:
+        """``packages`` and, again and again, what they depend on by a name that matches ``pattern``."""
+        found = dict.fromkeys(packages)
+        new = list(packages)
+        while new:
+            listed = self._ask("depends", "--important", "--no-recommends", *new)
+            needed = (line.split()[-1] for line in listed.splitlines() if "Depends:" in line)
+            new = [name for name in dict.fromkeys(needed) if pattern.fullmatch(name) and name not in found]
+            found.update(dict.fromkeys(new))
+        return list(found)
 
     def _ask(self, *arguments: str) -> str:
         command = ["apt-cache", *self._options(), *arguments]

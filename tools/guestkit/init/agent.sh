@@ -1,6 +1,6 @@
 #!/bin/sh
 # The first process of a guest under test. It loads the drivers and then does what it is told, one line at a time:
-# "run ID COMMAND" runs COMMAND in a shell and ends its output with the line "@ID STATUS".
+# "run ID COMMAND" runs COMMAND in a shell and ends its output with the line "@ID STATUS" (after a line end of its own).
 #
 # On the kernel's command line:
 #   agent=TTY      where it listens (hvc0); ttyS0 works without any driver
@@ -16,7 +16,7 @@ agent() {
     while read -r verb id command; do
         [ "$verb" = run ] || continue
         (eval "$command")
-        echo "@$id $?"
+        printf '\n@%s %s\n' "$id" $?
     done
     echo "agent: hung up"
 }

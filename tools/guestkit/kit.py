@@ -1,0 +1,40 @@
+"""What guests are made of: the kernel, the initramfs of each kind, programs. Fetched once, kept in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+from guestkit.initramfs import build_initramfs
+from guestkit.kernel import Kernel
+from guestkit.packages import Packages
+from guestkit.sysroot import Sysroot
+
+
+class GuestKit:
+    """The parts, each fetched when it is first asked for."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+        self._packages = Packages(cache)
+
+    @cached_property
+    def kernel(self) -> Kernel:
+        """Debian's newest kernel for virtual machines."""
+        tree = self._packages.tree("kernel", ["linux-image-cloud-amd64"], r"linux-(image|binary|modules)-\d\S*")
+        return Kernel(tree)
+
+    @cached_property
+    def busybox(self) -> Path:
+        """Debian's busybox, which needs no libraries."""
+        return self._packages.tree("busybox", ["busybox-static"]) / "bin" / "busybox"
+
+    @cached_property
+    def sysroot(self) -> Sysroot:
+        """mke2fs, e2fsck, debugfs and perl."""
+        return Sysroot(self._packages)
+
+    def initramfs(self, script: str, further_modules: Sequence[str] = ()) -> bytes:
+        """An initramfs whose first process is ``init/<script>.sh``."""
+        return build_initramfs(self.kernel, self.busybox, script, further_modules)

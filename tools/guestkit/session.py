@@ -1,0 +1,198 @@
+"""A program on a terminal, from the side of the person in front of it: what it shows, what is typed, how it ends.
+
+The program is the leader of a session of its own, with a pseudo-terminal as controlling terminal. So whatever it
+forks can be found again (:meth:`Session.processes`) even after it died itself, and nothing outlives :meth:`close`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import select
+import signal
+import struct
+import termios
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+#: How long anything may take that should be quick, in seconds: generous, for machines that are busy with other things.
+PATIENCE = 120.0
+
+
+class SessionError(AssertionError):
+    """The program did not do what was waited for; the text shows the end of its output."""
+
+
+class Session:
+    """A running program and its terminal of ``columns`` by ``rows``."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        variables: Mapping[str, str] | None = None,
+        columns: int = 100,
+        rows: int = 30,
+    ) -> None:
+        self.started = time.monotonic()
+        self._terminal, slave = os.openpty()
+        self.resize(columns, rows)
+        #: The terminal's settings before the program began.
+        self.settings = termios.tcgetattr(slave)
+        name = os.ttyname(slave)
+        # The session comes before the files, so that opening the terminal makes it the controlling one.
+        self.pid = os.posix_spawn(
+            command[0],
+            list(command),
+            {**os.environ, **(variables or {})},
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, name, os.O_RDWR, 0),
+                (os.POSIX_SPAWN_DUP2, 0, 1),
+                (os.POSIX_SPAWN_DUP2, 0, 2),
+            ],
+            setsid=True,
+        )
+        # The slave stays open here, so that its settings can be looked at after the program has ended.
+        self._slave = slave
+        self._output = bytearray()
+        self._seen = 0
+        self._status: int | None = None
+        os.set_blocking(self._terminal, False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def output(self) -> str:
+        """All that it has shown so far, line ends as in Python."""
+        return as_text(self._output)
+
+    def type(self, text: str) -> None:
+        """Types ``text``; a terminal takes about 4000 bytes that nobody reads."""
+        data = text.encode()
+        while data:
+            try:
+                data = data[os.write(self._terminal, data) :]
+            except BlockingIOError:
+                self._read(time.monotonic() + 0.1)
+
+    def wait_for(self, pattern: str, seconds: float = PATIENCE) -> re.Match[bytes]:
+        """Waits until ``pattern`` (a regular expression, ``^`` and ``$`` at lines) appears after the last one found."""
+        regex = re.compile(pattern.encode(), re.MULTILINE)
+        deadline = time.monotonic() + seconds
+        while True:
+            if found := regex.search(self._output, self._seen):
+                self._seen = found.end()
+                return found
+            if not self._read(deadline):
+                why = "it ended" if self.exit_status() is not None else f"{seconds:g} s passed"
+                raise SessionError(f"{why} before {pattern!r} appeared; it showed:\n{self.output[-4000:]}")
+
+    def exit_status(self) -> int | None:
+        """How it ended (negative: by that signal), or None when it still runs."""
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._status = os.waitstatus_to_exitcode(status)
+        return self._status
+
+    def wait(self, seconds: float = PATIENCE) -> int:
+        """Waits until it has ended, reading what it shows; its exit status (negative: the signal)."""
+        deadline = time.monotonic() + seconds
+        while self.exit_status() is None:
+            if time.monotonic() > deadline:
+                raise SessionError(f"it did not end within {seconds:g} s; it showed:\n{self.output[-4000:]}")
+            self._read(time.monotonic() + 0.05)
+        while self._read(time.monotonic()):
+            pass
+        assert self._status is not None
+        return self._status
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends a signal to the program itself."""
+        if self.exit_status() is None:
+            os.kill(self.pid, number)
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Makes the terminal another size, as a person with a mouse does."""
+        fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def current_settings(self) -> list[int | list[bytes | int]]:
+        """The terminal's settings now (compare with ``settings``)."""
+        return termios.tcgetattr(self._slave)
+
+    def processes(self) -> dict[int, str]:
+        """The session's processes that live: process ID and title."""
+        found = {}
+        for directory in Path("/proc").glob("[0-9]*"):
+            try:
+                state, _, _, session = (directory / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(session) == self.pid and state not in "ZX":
+                    found[int(directory.name)] = _title(directory)
+            except OSError:  # it has just ended
+                continue
+        return found
+
+    def wait_until_gone(self, seconds: float = PATIENCE) -> None:
+        """Waits until no process of the session lives."""
+        deadline = time.monotonic() + seconds
+        while left := self.processes():
+            if time.monotonic() > deadline:
+                raise SessionError(f"after {seconds:g} s there still are {left}")
+            self.exit_status()
+            self._read(time.monotonic() + 0.01)
+
+    def close(self) -> None:
+        """Ends whatever still lives of the session, by force."""
+        if self._terminal < 0:
+            return
+        while left := self.processes():
+            for pid in left:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            self.exit_status()
+        self.exit_status()
+        os.close(self._terminal)
+        os.close(self._slave)
+        self._terminal = self._slave = -1
+
+    def _read(self, deadline: float) -> bool:
+        """Reads what is there, waiting for it until ``deadline``; False: nothing came."""
+        while True:
+            try:
+                data = os.read(self._terminal, 65536)
+            except BlockingIOError:
+                data = b""
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                data = b""
+            if data:
+                self._output += data
+                return True
+            left = deadline - time.monotonic()
+            if left <= 0 or self.exit_status() is not None:
+                return False
+            # The end of the program is no event of the terminal, as its other side stays open here.
+            select.select([self._terminal], [], [], min(left, 0.1))
+
+
+def as_text(output: bytes | bytearray) -> str:
+    """What a terminal was sent, line ends as in Python (a guest's terminal and the host's may each add a CR)."""
+    return re.sub(r"\r*\n", "\n", output.decode(errors="replace"))
+
+
+def _title(directory: Path) -> str:
+    return (directory / "cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")
