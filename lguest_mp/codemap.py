@@ -19,10 +19,9 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
-from lguest_mp.memory import PAGE_SIZE
+from lguest_mp.memory import PAGE_SIZE, GuestMemory
 
 #: A request or an answer: its number, then (first page, last page) pairs; little-endian u32 each.
 _HEADER = struct.Struct("<I")
@@ -39,34 +38,36 @@ class WriteWatch(Protocol):
         """``(offset, length)`` ranges of guest memory were just written by this process; no stale code is left."""
 
 
-@dataclass(frozen=True)
-class CodeChannel:
-    """The socket pair of one queue: its worker asks on one end, the machine answers on the other."""
+class CodeMap:
+    """One byte for each page of guest memory, and a channel for each of ``workers`` queues; made before any fork."""
 
-    worker: socket.socket
-    machine: socket.socket
+    def __init__(self, memory: GuestMemory, workers: int) -> None:
+        self.pages = memory.size // PAGE_SIZE
+        #: Shared by every process of the guest; all zero: no code is translated.
+        self.marks = mmap.mmap(-1, self.pages, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(workers)]
+        self._worker_ends = tuple(pair[0] for pair in pairs)
+        #: The ends on which the machine process hears and answers.
+        self.machine_ends = tuple(pair[1] for pair in pairs)
+
+    @property
+    def files(self) -> tuple[int, ...]:
+        """The file descriptors that the machine process keeps."""
+        return tuple(end.fileno() for end in self.machine_ends)
+
+    def worker_files(self, worker: int) -> tuple[int, ...]:
+        """The file descriptors that worker ``worker`` keeps."""
+        return (self._worker_ends[worker].fileno(),)
+
+    def writer(self, worker: int) -> CodeWatch:
+        """For worker ``worker`` (0, 1, ...), in its process."""
+        return CodeWatch(self, self._worker_ends[worker])
 
     def close(self) -> None:
-        """Closes both ends in this process."""
-        self.worker.close()
-        self.machine.close()
-
-
-class CodeMap:
-    """One byte for each page of ``memory_size`` bytes of guest memory; made before any fork."""
-
-    def __init__(self, memory_size: int) -> None:
-        self.pages = memory_size // PAGE_SIZE
-        #: Shared by every process of the guest.
-        self.marks = mmap.mmap(-1, self.pages, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
-
-    def open_channel(self) -> CodeChannel:
-        """A channel for one queue, to be made before the machine process is forked."""
-        return CodeChannel(*socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-
-    def clear(self) -> None:
-        """No page holds translated code: a new CPU starts."""
-        self.marks.madvise(mmap.MADV_REMOVE)
+        """Closes the channels in this process, and gives the map back."""
+        for end in (*self._worker_ends, *self.machine_ends):
+            end.close()
+        self.marks.close()
 
 
 class CodeWatch:

@@ -25,7 +25,7 @@ from lguest_mp.codemap import CodeMap
 from lguest_mp.cpu.engine import Engine, EntryState, GuestFault, GuestHalted, Platform
 from lguest_mp.cpu.unicorn import library as uc_library
 from lguest_mp.cpu.unicorn.internals import Internals
-from lguest_mp.cpu.unicorn.library import MmioRead, MmioWrite, UnicornLibrary
+from lguest_mp.cpu.unicorn.library import MmioRead, MmioWrite
 from lguest_mp.memory import HIGH_RAM_BASE, GuestMemory
 
 #: Bytes of translated code that are kept; when they are full, all is dropped and translated anew.
@@ -54,9 +54,9 @@ class UnicornEngine(Engine):
     """One virtual CPU (an AMD EPYC without what Unicorn lacks: AVX, nested paging's host side, a second core)."""
 
     def __init__(self, memory: GuestMemory, platform: Platform, code_map: CodeMap) -> None:
-        self._library = UnicornLibrary()
         self._platform = platform
-        self._internals = Internals(self._library, uc_library.UC_CPU_X86_EPYC, TRANSLATION_BYTES)
+        self._internals = Internals(uc_library.UC_CPU_X86_EPYC, TRANSLATION_BYTES)
+        self._library = self._internals.library
         self._failure: BaseException | None = None
         self._jobs: deque[Callable[[], None]] = deque()
         self._sleeping = False
@@ -210,6 +210,11 @@ class UnicornEngine(Engine):
         write(uc_library.UC_X86_REG_RSI, state.rsi)
         write(uc_library.UC_X86_REG_RFLAGS, 2)
         write(uc_library.UC_X86_REG_RIP, state.rip)
+
+    def close(self) -> None:
+        """Gives everything back that the CPU holds."""
+        self._internals.close()
+        os.close(self._wake)
 
     # --- running ---
 

@@ -27,6 +27,7 @@ and the launcher refuses to run on anything else.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 from dataclasses import dataclass
 
@@ -187,15 +188,24 @@ def _unknown(library: UnicornLibrary, what: str) -> LguestError:
     )
 
 
-class Internals:
-    """One CPU of the library, opened and repaired."""
+@functools.cache
+def _repaired_library() -> tuple[UnicornLibrary, NativeCode]:
+    """The library with its functions replaced: there is one of it in a process, whatever one does."""
+    library, native = UnicornLibrary(), NativeCode()
+    for slot, function in _CALLED.items():
+        native.slot(slot).value = library.address(function)
+    _replace_functions(library, native)
+    return library, native
 
-    def __init__(self, library: UnicornLibrary, model: int, translation_bytes: int) -> None:
-        self._library = library
-        self.native = NativeCode()
-        for slot, function in _CALLED.items():
-            self.native.slot(slot).value = library.address(function)
-        _replace_functions(library, self.native)
+
+class Internals:
+    """One CPU of the library, opened and repaired; one at a time in a process."""
+
+    def __init__(self, model: int, translation_bytes: int) -> None:
+        self._library, self.native = _repaired_library()
+        library = self._library
+        if self.native.slot("cpu_state").value:
+            raise RuntimeError("this process has an embedded CPU already")
         self.uc = library.open(model, translation_bytes)
         # The library makes the CPU with the first register that is touched.
         self._write_register(uc_library.UC_X86_REG_RSP, 0)
@@ -227,6 +237,16 @@ class Internals:
         invalidate.argtypes = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64)
         invalidate.restype = None
         self._invalidate = invalidate
+
+    @property
+    def library(self) -> UnicornLibrary:
+        """The library that this CPU is of."""
+        return self._library
+
+    def close(self) -> None:
+        """Gives the CPU back; nothing of this object may be used afterwards."""
+        self._library.dll.uc_close(self.uc)
+        self.native.slot("cpu_state").value = 0
 
     def verify(self) -> None:
         """Checks every offset used here and in native.S against the documented interface, or LguestError."""
