@@ -79,18 +79,35 @@ class Device(ABC):
     #: The names of its queues in the standard's words and order, for example ``("receiveq", "transmitq")``.
     queue_names: tuple[str, ...]
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, config: bytes = b"") -> None:
         #: What people call it: ``console``, ``block0``, ``rng0``.
         self.name = name
+        self._config = bytearray(config)
 
     @property
     @abstractmethod
     def features(self) -> int:
         """The feature bits of this device type that are offered; the bus adds those of queues and transport."""
 
-    @abstractmethod
     def config_space(self) -> bytes:
         """The device-specific configuration as the guest reads it (little-endian), at this moment."""
+        return bytes(self._config)
+
+    def apply_config(self, offset: int, data: bytes) -> None:
+        """Another process's copy changed its configuration space: ``data`` is now at ``offset``.
+
+        ValueError for what does not lie in the configuration space.
+        """
+        end = offset + len(data)
+        if not 0 <= offset <= end <= len(self._config):
+            raise ValueError(f"{self.name} has no configuration bytes {offset} to {end}")
+        self._config[offset:end] = data
+
+    def write_config(self, offset: int, data: bytes) -> None:  # noqa: B027 -- most devices have nothing to write
+        """The guest writes to the configuration space: ignored, unless the device says otherwise (virtio 1.2, 2.5).
+
+        The guest chose ``offset`` and the length of ``data``: neither needs to lie in the configuration space.
+        """
 
     @property
     def files(self) -> tuple[int, ...]:

@@ -1,0 +1,170 @@
+"""The console (virtio 1.2, 5.3): the terminal in which the launcher was started becomes the guest's.
+
+One port, two queues, two workers. ``receiveq`` carries what is typed to the guest, and ``transmitq`` what the guest
+prints to the terminal. Neither knows of the other, so a terminal that is not read from (or stopped with ^S) holds up
+the guest's output only.
+
+The host's side of a console is less reliable than a disk's. Each of these is met in practice, and none is the end of
+the guest:
+
+- *End of input* (a closed terminal, ``< /dev/null``): the worker says so and sleeps for ever. It does not end, since a
+  worker that ends is a failure.
+- *A terminal that is not ours at the moment*: a launcher in the shell's background must not read from its terminal.
+  The kernel would stop the whole process group with SIGTTIN, workers and guest, at the first key. The receiveq's
+  worker ignores that signal, so that reading is an error (EIO) instead; then it waits until the launcher is in the
+  foreground and reads again. The guest runs on meanwhile.
+- *A non-blocking file*: other programs share our terminal's file description and may have switched it, so EAGAIN is
+  answered by waiting in poll(2) on both sides.
+- *Output that goes nowhere* (a closed pipe, a full disk, a terminal that is gone): it is dropped, with one line about
+  it, and every next buffer is tried again.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import struct
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from lguest_mp.abort import AbortKeys
+from lguest_mp.errors import DeviceProtocolError
+from lguest_mp.virtio import vectors
+from lguest_mp.virtio.device import Device, DeviceId
+
+if TYPE_CHECKING:
+    from lguest_mp.virtio.queue import Queue
+    from lguest_mp.worker import WorkerContext
+
+#: Feature bit (5.3.3): the configuration's cols and rows are valid.
+VIRTIO_CONSOLE_F_SIZE = 1 << 0
+RECEIVEQ = 0
+TRANSMITQ = 1
+
+#: How often, in seconds, a launcher in the background looks whether it came to the foreground.
+FOREGROUND_CHECK = 0.5
+
+
+class Console(Device):
+    """A console of one port on two file descriptors; ``columns`` and ``rows`` are the terminal's size.
+
+    The files stay their owner's: ``close()`` leaves them open, and whoever wants a raw terminal makes it so.
+    """
+
+    device_id = DeviceId.CONSOLE
+    queue_names = ("receiveq", "transmitq")
+
+    def __init__(
+        self, name: str = "console", input_fd: int = 0, output_fd: int = 1, columns: int = 80, rows: int = 25
+    ) -> None:
+        super().__init__(name, _size(columns, rows))
+        self._input = input_fd
+        self._output = output_fd
+
+    @property
+    def features(self) -> int:
+        """VIRTIO_CONSOLE_F_SIZE."""
+        return VIRTIO_CONSOLE_F_SIZE
+
+    @property
+    def files(self) -> tuple[int, ...]:
+        """Input and output."""
+        return (self._input, self._output)
+
+    def resize(self, columns: int, rows: int) -> None:
+        """The terminal has a new size; the configuration space (four bytes, 5.3.4) says so from now on."""
+        self.apply_config(0, _size(columns, rows))
+
+    def serve(self, queue_index: int, queue: Queue, context: WorkerContext) -> None:
+        """Serves ``receiveq`` or ``transmitq``."""
+        if queue_index == RECEIVEQ:
+            self._receive(queue, context)
+        else:
+            self._transmit(queue, context)
+
+    def _receive(self, queue: Queue, context: WorkerContext) -> None:
+        signal.signal(signal.SIGTTIN, signal.SIG_IGN)
+        keys = AbortKeys()
+        while True:
+            chain = queue.wait()
+            if chain.readable_ranges:
+                raise DeviceProtocolError("5.3.6.1", "a device-readable buffer in receiveq")
+            views = [view for view in chain.writable if view]
+            length = 0
+            if views:
+                length = _read(self._input, views[: vectors.IOV_MAX])
+                if not length:
+                    context.log(f"{self.name}: end of input")
+                    _sleep_for_ever()
+                if keys.typed(length, views[0][0]):
+                    context.interrupt_guest()
+            queue.push(chain, length)
+            # The next read may take hours.
+            queue.flush()
+
+    def _transmit(self, queue: Queue, context: WorkerContext) -> None:
+        failure = 0
+        while True:
+            chain = queue.wait()
+            if chain.writable_ranges:
+                raise DeviceProtocolError("5.3.6.1", "a device-writable buffer in transmitq")
+            error = _write(self._output, chain.readable)
+            if error and error != failure:
+                context.log(f"{self.name}: output is lost: {os.strerror(error)}")
+                failure = error
+            queue.push(chain, 0)
+            # Linux polls for the completion of every buffer; the next write may take long.
+            queue.flush()
+
+
+def _size(columns: int, rows: int) -> bytes:
+    """The configuration space: le16 cols, le16 rows."""
+    return struct.pack("<HH", min(columns, 0xFFFF), min(rows, 0xFFFF))
+
+
+def _read(fd: int, views: Sequence[memoryview]) -> int:
+    """What is typed, as soon as something is: how many bytes were read into ``views``, 0 at the end of input."""
+    while True:
+        try:
+            return os.readv(fd, views)
+        except BlockingIOError:
+            _wait(fd, select.POLLIN)
+        except OSError:
+            # EIO: no terminal any more, or not ours now. Whatever else it is, nothing will come from there.
+            if not _in_background(fd):
+                return 0
+            time.sleep(FOREGROUND_CHECK)
+
+
+def _write(fd: int, views: Sequence[memoryview]) -> int:
+    """Writes all of ``views``: 0, or the error number for which the rest of them was dropped."""
+    rest = list(views)
+    while rest:
+        try:
+            rest = vectors.advance(rest, os.writev(fd, rest[: vectors.IOV_MAX]))
+        except BlockingIOError:
+            _wait(fd, select.POLLOUT)
+        except OSError as error:
+            return error.errno or 0
+    return 0
+
+
+def _wait(fd: int, events: int) -> None:
+    poll = select.poll()
+    poll.register(fd, events)
+    poll.poll()
+
+
+def _in_background(fd: int) -> bool:
+    """Whether ``fd`` is our terminal and another process group has it."""
+    try:
+        return os.tcgetpgrp(fd) != os.getpgrp()
+    except OSError:
+        return False
+
+
+def _sleep_for_ever() -> NoReturn:
+    while True:
+        signal.pause()

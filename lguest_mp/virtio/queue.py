@@ -1,0 +1,341 @@
+"""The device's side of a split virtqueue (virtio 1.2, 2.7). It knows nothing of devices, buses or CPUs.
+
+A worker that serves a queue does this and no more::
+
+    queue = Queue(memory, layout, features, kick, call)
+    while True:
+        chain = queue.wait()            # sleeps until the driver has made a buffer available
+        ...                             # read chain.readable, fill chain.writable
+        queue.push(chain, written)      # done with it: the first `written` bytes of its writable part are filled
+
+Completions are *published* (the driver sees them) and the driver is interrupted, if it wants to be, when ``wait()``
+finds nothing more to do, when ``BATCH`` of them have come together, and at :meth:`Queue.flush`. A device calls
+``flush()`` before anything that may take long, so that finished work does not wait behind it.
+
+**What the driver may not do** is checked here, all of it, and each check names the section of the standard whose rule
+it holds; DeviceProtocolError then means that the device needs a reset. The driver shares its memory with the guest's
+other programs and can change it at any time, so a value is copied once and the copy is checked: nothing is read twice,
+and nothing that the driver can write is trusted to be what we wrote there. What comes out, a :class:`Chain`, lies in
+guest memory with every byte, has no more descriptors than the queue and at most 2**32 bytes. A buffer of no bytes is
+allowed (nothing in the standard forbids one), and so is a chain of nothing else.
+
+**Memory order.** On x86 stores are seen in program order and loads are done in program order, so "ring entry before
+index" costs nothing on either side, provided that one Python operation is one machine access: ring fields are read and
+written through ``memoryview.cast`` and nothing else. (``struct.pack_into`` would clear the bytes first, and the driver
+would see that; ``int.from_bytes`` of a slice may tear.) What x86 does reorder is a load with an *earlier store*, and
+two places depend on it not doing so, on both sides: ``fence.py`` has the story. They are
+
+- going to sleep: ask for notifications; fence; look whether something became available meanwhile;
+- publishing: move the used index; fence; look whether the driver wants an interrupt. A look *before* the fence that
+  says yes is good enough, since an interrupt too many is harmless; only a no has to be confirmed behind it.
+
+An engine that keeps translations of guest code adds a third: what a worker has written may be code, and the guest may
+find the used index by polling. So data comes first, then a fence, then the ``watch`` is told which bytes were written
+and sees to it that no stale translation is left, and only then the used ring moves.
+
+**A worker may be killed at any instruction and replaced.** All that another Queue on the same rings needs is in guest
+memory: the used index says how many buffers are completed, buffers are completed in the order in which they were made
+available (``push`` in the order of ``pop``, always), so the ones that were taken and not completed are simply the next
+ones. A new Queue looks at the available ring before it sleeps, which makes up for a notification that was lost with
+the old worker. An interrupt may be lost with it too, and whoever replaces a worker makes up for that: one more is
+harmless. After a reset the driver has cleared the rings, the used index is 0, and this is an ordinary start.
+
+**Assumptions**: a little-endian host with x86's memory order; guest memory is mapped and outlives the queue; ``kick``
+and ``call`` are blocking eventfds that are no semaphores, and ``call`` is read by somebody (or not written 2**64
+times); one process with one thread serves a queue at a time; the rings do not move while it does.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import struct
+from typing import TYPE_CHECKING
+
+from lguest_mp.errors import DeviceProtocolError, GuestAddressError
+from lguest_mp.memory import GuestMemory
+from lguest_mp.virtio import fence as fences
+from lguest_mp.virtio.device import Feature, QueueLayout
+
+if TYPE_CHECKING:
+    from lguest_mp.codemap import WriteWatch
+
+#: Descriptor flags (virtio 1.2, 2.7.5).
+DESC_F_NEXT = 1
+DESC_F_WRITE = 2
+DESC_F_INDIRECT = 4
+#: Flag of the available ring (2.7.6): the driver wants no interrupts. Without EVENT_IDX only.
+AVAIL_F_NO_INTERRUPT = 1
+#: Flag of the used ring (2.7.8): the device wants no notifications. Without EVENT_IDX only.
+USED_F_NO_NOTIFY = 1
+
+#: The largest queue there can be (2.7).
+MAX_QUEUE_SIZE = 32768
+#: The most bytes that a chain may have (2.7.5.2).
+MAX_CHAIN_BYTES = 1 << 32
+#: So many completions are published at the latest: enough to make the cost of publishing small, few enough that the
+#: guest can work on some of them while we work on the next.
+BATCH = 16
+#: Where the fence does not reach the guest: how long to sleep, in milliseconds, before looking again, each time.
+RECHECKS = (1, 20)
+
+#: One descriptor: address, length, flags, next.
+_read_descriptor = struct.Struct("<QIHH").unpack_from
+
+
+class Chain:
+    """One buffer that the driver made available: a device-readable part, then a device-writable part.
+
+    Both parts are lists of (offset into guest memory, length in bytes), each range checked to lie in RAM. How the
+    driver cut the buffer into ranges means nothing (virtio 1.2, 2.7.4.1).
+    """
+
+    __slots__ = ("head", "memory", "readable_ranges", "writable_ranges")
+
+    def __init__(
+        self,
+        memory: memoryview,
+        head: int,
+        readable_ranges: list[tuple[int, int]],
+        writable_ranges: list[tuple[int, int]],
+    ) -> None:
+        #: All of guest memory, indexed by offset.
+        self.memory = memory
+        #: The index of its first descriptor, by which the driver knows it.
+        self.head = head
+        self.readable_ranges = readable_ranges
+        self.writable_ranges = writable_ranges
+
+    @property
+    def readable(self) -> list[memoryview]:
+        """Views of the device-readable part, in order."""
+        view = self.memory
+        return [view[offset : offset + length] for offset, length in self.readable_ranges]
+
+    @property
+    def writable(self) -> list[memoryview]:
+        """Views of the device-writable part, in order."""
+        view = self.memory
+        return [view[offset : offset + length] for offset, length in self.writable_ranges]
+
+
+class Queue:
+    """One split virtqueue, served by this process.
+
+    ``layout`` and ``features`` are the driver's choice; ``kick`` and ``call`` the two eventfds (the driver's
+    notifications, and our interrupts). DeviceProtocolError when the rings cannot be where the driver put them.
+    """
+
+    def __init__(  # noqa: PLR0917 -- what a queue consists of
+        self,
+        memory: GuestMemory,
+        layout: QueueLayout,
+        features: int,
+        kick: int,
+        call: int,
+        watch: WriteWatch | None = None,
+        fence: fences.Fence | None = None,
+    ) -> None:
+        size = layout.size
+        if not 0 < size <= MAX_QUEUE_SIZE or size & (size - 1):
+            raise DeviceProtocolError("2.7", f"a queue size of {size}")
+        #: The feature bits that the driver accepted.
+        self.features = features
+        self.size = size
+        self._memory = memory
+        self._view = memory.view
+        self._kick = kick
+        self._call = call
+        self._watch = watch
+        self._fence = fence or fences.strongest()
+        self._event_idx = bool(features & Feature.RING_EVENT_IDX)
+
+        self._descriptors = _place(memory, "descriptor table", layout.descriptor_table, 16 * size, 16)
+        available = _place(memory, "available ring", layout.available_ring, 6 + 2 * size, 2)
+        used = _place(memory, "used ring", layout.used_ring, 6 + 8 * size, 4)
+        view = memory.view
+        # 16 bits each: flags, idx, ring[size], used_event.
+        self._available = view[available : available + 6 + 2 * size].cast("H")
+        self._used_event = 2 + size
+        # 16 bits each: flags, idx; then 64 bits each: ring[size], id in the low half; then 16 bits: avail_event.
+        self._used = view[used : used + 4].cast("H")
+        self._used_ring = view[used + 4 : used + 4 + 8 * size].cast("Q")
+        self._avail_event = view[used + 4 + 8 * size : used + 6 + 8 * size].cast("H")
+
+        # All indices are 16 bits and wrap, as in the rings.
+        #: The used index as published: private, because the driver can write the one in memory.
+        self._used_index = self._used[1]
+        #: The next entry of the available ring that is taken, and how far it is known to be filled.
+        self._next_available = self._used_index
+        self._seen_available = self._used_index
+        #: Used ring entries that are not published yet, and what was written for them (with a watch only).
+        self._completed: list[int] = []
+        self._written: list[tuple[int, int]] = []
+        self._suppress_notifications()
+
+    def wait(self) -> Chain:
+        """The next buffer; publishes and sleeps until there is one."""
+        while True:
+            chain = self.pop()
+            if chain is not None:
+                return chain
+            self.flush()
+            self._sleep()
+
+    def pop(self) -> Chain | None:
+        """The next buffer, if there is one now."""
+        index = self._next_available
+        if index == self._seen_available:
+            seen = self._available[1]
+            if seen == index:
+                return None
+            if (seen - index) & 0xFFFF > self.size:
+                raise DeviceProtocolError("2.7.6.1", f"the available index moved from {index} to {seen}")
+            self._seen_available = seen
+        head = self._available[2 + (index & (self.size - 1))]
+        self._next_available = (index + 1) & 0xFFFF
+        try:
+            return self._chain(head)
+        except GuestAddressError as error:
+            raise DeviceProtocolError("2.7.5", f"a descriptor names memory that is none: {error}") from error
+
+    def push(self, chain: Chain, written: int) -> None:
+        """The device is done with ``chain`` and has filled the first ``written`` bytes of its writable part.
+
+        Chains are pushed in the order in which they were popped. The driver sees them after the next ``flush()``.
+        """
+        self._completed.append(chain.head | min(written, 0xFFFFFFFF) << 32)
+        if self._watch is not None:
+            for offset, length in chain.writable_ranges:
+                if written <= 0:
+                    break
+                self._written.append((offset, min(length, written)))
+                written -= length
+        if len(self._completed) >= BATCH:
+            self.flush()
+
+    @property
+    def unpublished(self) -> int:
+        """How many completions the driver cannot see yet."""
+        return len(self._completed)
+
+    def flush(self) -> None:
+        """Publishes what was pushed, and interrupts the driver if it wants that."""
+        completed = self._completed
+        if not completed:
+            return
+        if self._written and self._watch is not None:
+            self._fence.full()
+            self._watch.written(self._written)
+            self._written.clear()
+        old = index = self._used_index
+        mask = self.size - 1
+        ring = self._used_ring
+        for entry in completed:
+            ring[index & mask] = entry
+            index += 1
+        completed.clear()
+        self._used_index = self._used[1] = index & 0xFFFF
+        if self._wants_interrupt(index, old) or not self._no_is_final(index, old):
+            os.eventfd_write(self._call, 1)
+
+    def _no_is_final(self, index: int, old: int) -> bool:
+        """Whether the driver still wants no interrupt once it must have seen the used index."""
+        if not self._fence.reaches_guest:
+            return False  # its yes may be on its way to us at any time
+        self._fence.full()
+        return not self._wants_interrupt(index, old)
+
+    def _wants_interrupt(self, index: int, old: int) -> bool:
+        """Whether the driver wants to be told that the used index moved from ``old`` to ``index`` (2.7.7.2)."""
+        if self._event_idx:
+            return (index - self._available[self._used_event] - 1) & 0xFFFF < index - old
+        return not self._available[0] & AVAIL_F_NO_INTERRUPT
+
+    def _suppress_notifications(self) -> None:
+        """We look at the available ring of our own accord (2.7.10.2)."""
+        # With EVENT_IDX there is nothing to do: avail_event stays behind, and the driver does not reach it again
+        # before it has made another 65536 buffers available.
+        self._used[0] = 0 if self._event_idx else USED_F_NO_NOTIFY
+
+    def _sleep(self) -> None:
+        """Returns when the available index has moved, or when it may have."""
+        index = self._next_available
+        if self._event_idx:
+            self._avail_event[0] = index
+        else:
+            self._used[0] = 0
+        self._fence.full()
+        if self._available[1] == index and (self._fence.reaches_guest or self._still_idle(index)):
+            os.read(self._kick, 8)
+        if not self._event_idx:
+            self._suppress_notifications()
+
+    def _still_idle(self, index: int) -> bool:
+        """Sleeps shortly and looks again, in place of a fence that reaches the guest; False when there is work."""
+        poll = select.poll()
+        poll.register(self._kick, select.POLLIN)
+        return not any(poll.poll(timeout) or self._available[1] != index for timeout in RECHECKS)
+
+    def _chain(self, head: int) -> Chain:
+        """Walks a descriptor chain: every descriptor is copied once, and the copy checked."""
+        size = self.size
+        if head >= size:
+            raise DeviceProtocolError("2.7.6", f"the available ring names descriptor {head} of {size}")
+        view = self._view
+        locate = self._memory.offset
+        readable: list[tuple[int, int]] = []
+        writable: list[tuple[int, int]] = []
+        table, entries, indirect = self._descriptors, size, False
+        index = head
+        left = size
+        total = 0
+        while True:
+            address, length, flags, following = _read_descriptor(view, table + 16 * index)
+            if flags & DESC_F_INDIRECT:
+                if indirect:
+                    raise DeviceProtocolError("2.7.5.3.1", "an indirect descriptor in an indirect table")
+                table, entries = self._indirect_table(address, length, flags)
+                index, indirect = 0, True
+                continue
+            if not left:
+                raise DeviceProtocolError("2.7.5.3.1", f"a chain of more descriptors than the queue's {size}")
+            left -= 1
+            total += length
+            if flags & DESC_F_WRITE:
+                writable.append((locate(address, length), length))
+            elif writable:
+                raise DeviceProtocolError("2.7.4.2", "a device-readable descriptor after a device-writable one")
+            else:
+                readable.append((locate(address, length), length))
+            if not flags & DESC_F_NEXT:
+                break
+            index = following
+            if index >= entries:
+                raise DeviceProtocolError("2.7.5", f"a descriptor continues at {index} of {entries}")
+        if total > MAX_CHAIN_BYTES:
+            raise DeviceProtocolError("2.7.5.2", f"a chain of {total} bytes")
+        return Chain(view, head, readable, writable)
+
+    def _indirect_table(self, address: int, length: int, flags: int) -> tuple[int, int]:
+        """Where the table that an indirect descriptor names is, and how many descriptors it has.
+
+        The descriptor's own WRITE flag means nothing (2.7.5.3.2).
+        """
+        if not self.features & Feature.RING_INDIRECT_DESC:
+            raise DeviceProtocolError("2.7.5.3.1", "an indirect descriptor without VIRTIO_F_INDIRECT_DESC")
+        if flags & DESC_F_NEXT:
+            raise DeviceProtocolError("2.7.5.3.1", "an indirect descriptor that continues")
+        if not length or length % 16:
+            raise DeviceProtocolError("2.7.5.3", f"an indirect table of {length} bytes")
+        return self._memory.offset(address, length), length // 16
+
+
+def _place(memory: GuestMemory, what: str, address: int, length: int, alignment: int) -> int:
+    """The offset of a part of a virtqueue, or DeviceProtocolError."""
+    if address % alignment:
+        raise DeviceProtocolError("2.7.1", f"the {what} at {address:#x} is not {alignment}-byte aligned")
+    try:
+        return memory.offset(address, length)
+    except GuestAddressError as error:
+        raise DeviceProtocolError("2.7", f"the {what}: {error}") from error

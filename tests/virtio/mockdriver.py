@@ -1,0 +1,231 @@
+"""A driver for tests: the other side of a split virtqueue, in guest memory of its own and in this process.
+
+It does what a good driver does (``add``, ``kick``, ``used``), and it lets a test do what a bad one does: every field of
+the descriptor table and the rings can be written as one likes. A device is run on it with ``serve``, which lets the
+worker's loop go on until it would sleep.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lguest_mp.codemap import WriteWatch
+from lguest_mp.memory import GuestMemory
+from lguest_mp.virtio.device import Device, Feature, QueueLayout
+from lguest_mp.virtio.fence import Fence
+from lguest_mp.virtio.queue import Queue
+
+NEXT, WRITE, INDIRECT = 1, 2, 4
+#: Both of the features that a queue has.
+ALL = Feature.RING_EVENT_IDX | Feature.RING_INDIRECT_DESC
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """One entry of a descriptor table."""
+
+    address: int
+    length: int
+    flags: int = 0
+    next: int = 0
+
+    def pack(self) -> bytes:
+        return struct.pack("<QIHH", self.address, self.length, self.flags, self.next)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """What the driver made available: where its parts are."""
+
+    head: int
+    readable: tuple[tuple[int, int], ...]
+    writable: tuple[tuple[int, int], ...]
+
+
+class Idle(Exception):
+    """The device has nothing to do and would sleep now."""
+
+
+class IdlingQueue(Queue):
+    """A queue that says so instead of sleeping."""
+
+    def _sleep(self) -> None:
+        raise Idle
+
+
+@dataclass
+class Context:
+    """A WorkerContext that remembers."""
+
+    lines: list[str] = field(default_factory=list)
+    interrupts: int = 0
+
+    def log(self, text: str) -> None:
+        self.lines.append(text)
+
+    def interrupt_guest(self) -> None:
+        self.interrupts += 1
+
+
+class MockDriver:
+    """A driver of one queue of ``size``; its rings begin at ``base``, its buffers behind them."""
+
+    def __init__(
+        self, size: int = 16, features: int = ALL, memory: GuestMemory | None = None, base: int = 0x1000
+    ) -> None:
+        self.memory = memory or GuestMemory(1 << 20)
+        self.size = size
+        self.features = features
+        table = base
+        available = table + 16 * size
+        used = _align(available + 6 + 2 * size, 4)
+        self.layout = QueueLayout(size, table, available, used)
+        self._free_memory = _align(used + 6 + 8 * size, 16)
+        self.kicked = os.eventfd(0, os.EFD_CLOEXEC)
+        self.called = os.eventfd(0, os.EFD_CLOEXEC)
+        self._free = list(range(size))
+        self._chains: dict[int, list[int]] = {}
+        self._available = 0
+        self._seen_used = 0
+        self._available_ring = self.memory.slice(available, 6 + 2 * size).cast("H")
+        self._used = self.memory.slice(used, 4).cast("H")
+        self._used_ring = self.memory.slice(used + 4, 8 * size).cast("I")
+        self._avail_event = self.memory.slice(used + 4 + 8 * size, 2).cast("H")
+
+    def close(self) -> None:
+        os.close(self.kicked)
+        os.close(self.called)
+
+    # What a good driver does.
+
+    def allocate(self, length: int, content: bytes | None = None, alignment: int = 1) -> int:
+        """A piece of guest memory of its own: its address."""
+        address = _align(self._free_memory, alignment)
+        self._free_memory = address + length
+        if content is not None:
+            self.memory.write(address, content)
+        return address
+
+    def add(self, readable: Sequence[bytes] = (), writable: Sequence[int] = (), *, indirect: bool = False) -> Buffer:
+        """Makes a buffer available: pieces to be read, and lengths of pieces to be written. No kick."""
+        read = tuple((self.allocate(len(piece), piece), len(piece)) for piece in readable)
+        write = tuple((self.allocate(length), length) for length in writable)
+        parts = [Descriptor(*part) for part in read] + [Descriptor(*part, flags=WRITE) for part in write]
+        if indirect:
+            address = self.allocate(16 * len(parts), self.table(parts), alignment=16)
+            parts = [Descriptor(address, 16 * len(parts), INDIRECT)]
+        head = self.chain(parts)
+        self.make_available(head)
+        return Buffer(head, read, write)
+
+    @staticmethod
+    def table(parts: Sequence[Descriptor]) -> bytes:
+        """An indirect table: ``parts`` one after the other."""
+        return b"".join(
+            Descriptor(part.address, part.length, part.flags | NEXT, index + 1).pack()
+            if index + 1 < len(parts)
+            else part.pack()
+            for index, part in enumerate(parts)
+        )
+
+    def chain(self, parts: Sequence[Descriptor]) -> int:
+        """Chains ``parts`` in the descriptor table, wherever it has room: the head."""
+        indices = [self._free.pop(0) for _ in parts]
+        for part, index, following in zip(parts, indices, [*indices[1:], None], strict=True):
+            if following is not None:
+                part = Descriptor(part.address, part.length, part.flags | NEXT, following)  # noqa: PLW2901
+            self.set_descriptor(index, part)
+        self._chains[indices[0]] = indices
+        return indices[0]
+
+    def make_available(self, head: int) -> None:
+        """Puts a head into the available ring and moves the index."""
+        self.set_ring(self._available, head)
+        self._available = (self._available + 1) & 0xFFFF
+        self.set_available_index(self._available)
+
+    def kick(self) -> None:
+        """A notification, wanted or not."""
+        os.eventfd_write(self.kicked, 1)
+
+    def used(self) -> list[tuple[int, int]]:
+        """The (head, length) of what the device has completed since the last look; its descriptors are free again."""
+        completed = []
+        while self._seen_used != self._used[1]:
+            slot = self._seen_used % self.size
+            head, length = self._used_ring[2 * slot], self._used_ring[2 * slot + 1]
+            self._free += self._chains.pop(head, [])
+            completed.append((head, length))
+            self._seen_used = (self._seen_used + 1) & 0xFFFF
+        return completed
+
+    def interrupts(self) -> int:
+        """How often the device has interrupted since the last look."""
+        os.set_blocking(self.called, False)
+        try:
+            return os.eventfd_read(self.called)
+        except BlockingIOError:
+            return 0
+        finally:
+            os.set_blocking(self.called, True)
+
+    def content(self, buffer: Buffer) -> bytes:
+        """The writable part of a buffer."""
+        return b"".join(self.memory.read(address, length) for address, length in buffer.writable)
+
+    # What any driver may write.
+
+    def set_descriptor(self, index: int, descriptor: Descriptor) -> None:
+        self.memory.write(self.layout.descriptor_table + 16 * index, descriptor.pack())
+
+    def set_ring(self, position: int, head: int) -> None:
+        self._available_ring[2 + position % self.size] = head
+
+    def set_available_index(self, index: int) -> None:
+        self._available_ring[1] = index & 0xFFFF
+
+    def set_available_flags(self, flags: int) -> None:
+        self._available_ring[0] = flags
+
+    def set_used_event(self, index: int) -> None:
+        self._available_ring[2 + self.size] = index & 0xFFFF
+
+    # What it finds.
+
+    @property
+    def used_index(self) -> int:
+        return self._used[1]
+
+    @used_index.setter
+    def used_index(self, index: int) -> None:
+        self._used[1] = index
+
+    @property
+    def used_flags(self) -> int:
+        return self._used[0]
+
+    @property
+    def avail_event(self) -> int:
+        return self._avail_event[0]
+
+    # The device's side.
+
+    def queue(self, watch: WriteWatch | None = None, fence: Fence | None = None) -> IdlingQueue:
+        """A device's queue on these rings, which raises Idle instead of sleeping."""
+        return IdlingQueue(self.memory, self.layout, self.features, self.kicked, self.called, watch, fence)
+
+    def serve(self, device: Device, queue_index: int = 0, queue: Queue | None = None) -> Context:
+        """Lets a device's worker serve all that is available; what it said."""
+        context = Context()
+        try:
+            device.serve(queue_index, queue or self.queue(), context)
+        except Idle:
+            return context
+        raise AssertionError("serve() returned")
+
+
+def _align(address: int, alignment: int) -> int:
+    return -(-address // alignment) * alignment
