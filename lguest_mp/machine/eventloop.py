@@ -1,0 +1,103 @@
+"""The machine's second thread: it waits for everything that does not come from the guest.
+
+One epoll, one handler per descriptor. The thread sleeps until something happens: there is no polling and no tick. What
+a handler does has to be short, since the interpreter runs one thread at a time and the guest's next exit would wait
+for it.
+
+An exception in a handler is a bug and must not be lost with the thread: it is handed to whoever started the loop.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import select
+import threading
+import time
+from collections.abc import Callable
+
+Handler = Callable[[], None]
+
+
+class EventLoop:
+    """Waits for descriptors, on a thread of its own once started. Every method may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Handler] = {}
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._wake, select.EPOLLIN)
+        #: What call_later() asked for: (time.monotonic, number, what), a heap.
+        self._later: list[tuple[float, int, Handler]] = []
+        self._number = 0
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    def add(self, fd: int, handler: Handler, events: int = select.EPOLLIN) -> None:
+        """Calls ``handler`` whenever one of ``events`` holds. PermissionError: the file is always ready."""
+        self._handlers[fd] = handler
+        try:
+            self._epoll.register(fd, events)
+        except OSError:
+            del self._handlers[fd]
+            raise
+
+    def remove(self, fd: int) -> None:
+        """Forgets a descriptor. A call of its handler may be under way, and end later."""
+        if self._handlers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def call_later(self, seconds: float, handler: Handler) -> None:
+        """Calls ``handler`` on the loop's thread in so many seconds."""
+        with self._lock:
+            self._number += 1
+            heapq.heappush(self._later, (time.monotonic() + seconds, self._number, handler))
+        os.eventfd_write(self._wake, 1)
+
+    def start(self, failed: Callable[[Exception], None]) -> None:
+        """Starts the thread; ``failed`` gets the exception that ends it, if one does."""
+        self._thread = threading.Thread(target=self._run, args=(failed,), name="events", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread and waits for its end."""
+        self._stopping = True
+        os.eventfd_write(self._wake, 1)
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def close(self) -> None:
+        """Gives the loop's own descriptors back; it has to be stopped."""
+        self._epoll.close()
+        os.close(self._wake)
+
+    def _run(self, failed: Callable[[Exception], None]) -> None:
+        try:
+            while not self._stopping:
+                self.step(self._timeout())
+        except Exception as error:  # Whoever started the loop decides what a bug means
+            failed(error)
+
+    def step(self, timeout: float | None = 0) -> None:
+        """Waits once and calls the handlers of all that is ready; ``timeout`` in seconds, None: as long as it takes."""
+        for fd, _ in self._epoll.poll(timeout):
+            if (handler := self._handlers.get(fd)) is not None:
+                handler()
+            elif fd == self._wake:
+                os.eventfd_read(self._wake)
+        if self._later:
+            self._call_due()
+
+    def _timeout(self) -> float | None:
+        with self._lock:
+            return max(0.0, self._later[0][0] - time.monotonic()) if self._later else None
+
+    def _call_due(self) -> None:
+        while True:
+            with self._lock:
+                if not self._later or self._later[0][0] > time.monotonic():
+                    return
+                handler = heapq.heappop(self._later)[2]
+            handler()

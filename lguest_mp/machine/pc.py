@@ -1,0 +1,416 @@
+"""The `pc` machine: a 64-bit PC without a past, and the process that is it.
+
+There is a local APIC and an I/O APIC, ACPI says so, and nothing of what a PC had before them: no 8259, no 8254, no
+keyboard controller, no CMOS clock. There is a serial port, a PCI bus with the virtio devices, and a few ports that end
+the guest.
+
+Two threads share this process. The *CPU's*, the main one, is inside the engine, or in one of the methods of :class:`Pc`
+which the guest's accesses call. The *events'* (``eventloop.py``) waits for what comes from outside: the workers'
+interrupts, the guest's timer, the terminal, the supervisor's news. What both touch, interrupts above all, is
+guarded by one lock that is held for a few microseconds at most; nothing is waited for with it held.
+
+The workers' `call` eventfds are never read. The loop watches them edge-triggered: every write is an edge, whatever the
+counter says, and there is nothing to drain when a device is reset.
+
+How the guest ends comes out of the engine as an exception, and goes to the supervisor as the machine's last message.
+"""
+
+from __future__ import annotations
+
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+
+from lguest_mp import protocol
+from lguest_mp.bus.pci import ALL_ONES, WINDOW_SHIFT, IntxLines, PciBus
+from lguest_mp.bus.virtio_pci import VirtioPciFunction
+from lguest_mp.cpu.engine import CpuidResult, Engine, EntryState, GuestFault, GuestHalted
+from lguest_mp.machine import clock, lapic, power
+from lguest_mp.machine.clock import GuestClock, HostClock, HostCounter
+from lguest_mp.machine.cpuid import cpuid
+from lguest_mp.machine.eventloop import EventLoop
+from lguest_mp.machine.ioapic import IoApic
+from lguest_mp.machine.lapic import LocalApic
+from lguest_mp.machine.layout import (
+    IO_APIC_BASE,
+    PCI_CONFIG_ADDRESS,
+    PCI_CONFIG_DATA,
+    PCI_INTX_PIN,
+    PCI_WINDOW_FIRST,
+    PCI_WINDOW_LAST,
+    SERIAL_IRQ,
+    SERIAL_PORT,
+)
+from lguest_mp.machine.power import GuestEnd
+from lguest_mp.machine.serial import SerialPort
+from lguest_mp.machine.stdio import StandardInput, StandardOutput
+from lguest_mp.machine.timer import HostTimer
+from lguest_mp.machine.wiring import DevicePort
+from lguest_mp.memory import GuestMemory
+from lguest_mp.protocol import Died, Message, PowerOff
+from lguest_mp.virtio.device import DeviceId, QueueLayout
+
+_IO_APIC_PAGE = IO_APIC_BASE >> 12
+_PAGE_SHIFT = 12
+_PAGE_MASK = 0xFFF
+_WINDOW_MASK = (1 << WINDOW_SHIFT) - 1
+
+#: How long one thread may keep the interpreter from the other, seconds (Python's default is 5 ms).
+_SWITCH_INTERVAL = 0.0005
+#: How long output that the terminal does not take is waited for at the end, seconds.
+_LAST_WORDS = 1.0
+
+
+class SupervisorGone(Exception):
+    """Nobody answers any more; there is nothing to run for."""
+
+
+class Supervisor:
+    """The machine's end of the requests."""
+
+    def __init__(self, requests: socket.socket) -> None:
+        self._requests = requests
+
+    def tell(self, message: Message) -> None:
+        """Says something that is not answered. From any thread."""
+        try:
+            protocol.send(self._requests, message)
+        except OSError as error:
+            raise SupervisorGone from error
+
+    def ask(self, message: Message) -> None:
+        """Asks for something and waits until it is done. On the CPU's thread."""
+        self.tell(message)
+        answer = protocol.receive(self._requests)
+        if answer is None:
+            raise SupervisorGone
+        if not isinstance(answer, protocol.Done):
+            raise protocol.ProtocolError(f"{answer!r} is no answer")
+
+
+class _Control:
+    """What a device on the bus decides, made true by the supervisor."""
+
+    def __init__(
+        self,
+        index: int,
+        name: str,
+        supervisor: Supervisor,
+        *,
+        before_start: Callable[[], None],
+        after_reset: Callable[[], None],
+    ) -> None:
+        """``before_start`` and ``after_reset`` are called around the time in which the device is served."""
+        self._index = index
+        self._name = name
+        self._supervisor = supervisor
+        self._before_start = before_start
+        self._after_reset = after_reset
+
+    def start(self, features: int, queues: tuple[QueueLayout | None, ...]) -> None:
+        self._before_start()
+        self._supervisor.ask(protocol.DriverReady(self._index, features, queues))
+
+    def reset(self) -> None:
+        self._supervisor.ask(protocol.DeviceReset(self._index))
+        self._after_reset()
+
+    def start_queue(self, queue: int, features: int, layout: QueueLayout) -> None:
+        self._supervisor.ask(protocol.QueueReady(self._index, queue, features, layout))
+
+    def reset_queue(self, queue: int) -> None:
+        self._supervisor.ask(protocol.QueueReset(self._index, queue))
+
+    def log(self, text: str) -> None:
+        self._supervisor.tell(protocol.Log(f"{self._name}: {text}", verbose=False))
+
+
+class _Wires:
+    """The interrupts of one slot."""
+
+    def __init__(self, slot: int, local_apic: LocalApic, lines: IntxLines) -> None:
+        self._slot = slot
+        self._lines = lines
+        self.message: Callable[[int, int], object] = local_apic.message
+
+    def set_intx(self, asserted: bool) -> None:
+        self._lines.set(self._slot, asserted)
+
+
+class Pc:
+    """The machine around the CPU; a :class:`lguest_mp.cpu.engine.Platform`."""
+
+    def __init__(  # noqa: PLR0917 -- what a machine is connected to
+        self,
+        memory: GuestMemory,
+        devices: Sequence[DevicePort],
+        requests: socket.socket,
+        events: socket.socket,
+        input_fd: int | None,
+        output_fd: int,
+    ) -> None:
+        # First of all, because the frequency of the time stamp counter is the better known the longer ago this was.
+        self._host_clock = HostClock(HostCounter())
+        self._guest_clock = GuestClock(memory, self._host_clock)
+        self._supervisor = Supervisor(requests)
+        self._events = events
+        self._events_lock = threading.Lock()
+        self._engine: Engine | None = None
+        self._loop = EventLoop()
+
+        lock = threading.Lock()
+        self._timer = HostTimer()
+        self._local_apic = LocalApic(lock, self._timer, self._host_clock)
+        self._io_apic = IoApic(lock, self._local_apic)
+        self._output = StandardOutput(output_fd, self._loop)
+        self._serial = SerialPort(lock, self._output, lambda line: self._io_apic.set_line(SERIAL_IRQ, line))
+        self._output.on_idle = self._serial.idle
+        self._input: StandardInput | None = None
+        if input_fd is not None:
+            self._input = StandardInput(
+                input_fd,
+                self._loop,
+                receive=self._serial.receive,
+                wanted=lambda: self._serial.wants_input,
+                interrupt=self._interrupted,
+            )
+            self._serial.on_room = self._input.resume
+
+        lines = IntxLines(lambda line, asserted: self._io_apic.set_line(PCI_INTX_PIN + line, asserted))
+        self._functions = [
+            VirtioPciFunction(
+                port.device,
+                port.kicks,
+                lock=lock,
+                interrupts=_Wires(index + 1, self._local_apic, lines),
+                control=self._control(index, port),
+            )
+            for index, port in enumerate(devices)
+        ]
+        self._bus = PciBus(
+            self._functions,
+            window_first=PCI_WINDOW_FIRST,
+            window_last=PCI_WINDOW_LAST,
+            interrupt_pin=PCI_INTX_PIN,
+        )
+        self._port_readers: dict[int, Callable[[int, int], int]] = {}
+        self._port_writers: dict[int, Callable[[int, int, int], None]] = {}
+        self._connect_ports()
+        self._loop.add(self._timer.fd, self._on_timer)
+        self._loop.add(events.fileno(), self._on_events)
+        for function, port in zip(self._functions, devices, strict=True):
+            for queue, call in enumerate(port.calls):
+                self._watch_call(call, function, queue)
+
+    def _control(self, index: int, port: DevicePort) -> _Control:
+        is_console = port.device.device_id is DeviceId.CONSOLE
+
+        def before_start() -> None:
+            if is_console:
+                self._release_input()
+
+        def after_reset() -> None:
+            # News of the life that has just ended must not reach the next one: what the supervisor said before it
+            # answered is there by now.
+            self._on_events()
+            if is_console:
+                self._take_input()
+
+        return _Control(index, port.device.name, self._supervisor, before_start=before_start, after_reset=after_reset)
+
+    def _connect_ports(self) -> None:
+        serial, bus = self._serial, self._bus
+        self._port_readers.update(power.readers())
+        self._port_writers.update(power.writers())
+        for port in range(SERIAL_PORT, SERIAL_PORT + 8):
+            self._port_readers[port] = serial.read
+            self._port_writers[port] = serial.write
+        self._port_readers[SERIAL_PORT + 5] = serial.read_lsr
+        self._port_writers[SERIAL_PORT] = serial.write_data
+        self._port_readers[PCI_CONFIG_ADDRESS] = bus.read_address
+        self._port_writers[PCI_CONFIG_ADDRESS] = bus.write_address
+        for port in range(PCI_CONFIG_DATA, PCI_CONFIG_DATA + 4):
+            self._port_readers[port] = bus.read_data
+            self._port_writers[port] = bus.write_data
+
+    def _watch_call(self, call: int, function: VirtioPciFunction, queue: int) -> None:
+        self._loop.add(call, lambda: function.queue_interrupt(queue), select.EPOLLIN | select.EPOLLET)
+
+    def add_reader(self, fd: int, handler: Callable[[], None]) -> None:
+        """Has the events' thread call ``handler`` whenever ``fd`` is readable."""
+        self._loop.add(fd, handler)
+
+    # The guest's accesses, on the CPU's thread
+
+    def port_read(self, port: int, size: int) -> int:
+        """IN."""
+        reader = self._port_readers.get(port)
+        return ALL_ONES[size] if reader is None else reader(port, size)
+
+    def port_write(self, port: int, size: int, value: int) -> None:
+        """OUT."""
+        writer = self._port_writers.get(port)
+        if writer is not None:
+            writer(port, size, value)
+
+    def mmio_read(self, address: int, size: int) -> int:
+        """A load from where there is no RAM."""
+        if address >> _PAGE_SHIFT == self._local_apic.page:
+            return self._local_apic.read(address & _PAGE_MASK, size)
+        function = self._bus.windows.get(address >> WINDOW_SHIFT)
+        if function is not None:
+            return function.read(address & _WINDOW_MASK, size)
+        if address >> _PAGE_SHIFT == _IO_APIC_PAGE:
+            return self._io_apic.read(address & _PAGE_MASK, size)
+        return ALL_ONES[size]
+
+    def mmio_write(self, address: int, size: int, value: int) -> None:
+        """A store to where there is no RAM."""
+        if address >> _PAGE_SHIFT == self._local_apic.page:
+            self._local_apic.write(address & _PAGE_MASK, size, value)
+            return
+        function = self._bus.windows.get(address >> WINDOW_SHIFT)
+        if function is not None:
+            function.write(address & _WINDOW_MASK, size, value)
+        elif address >> _PAGE_SHIFT == _IO_APIC_PAGE:
+            self._io_apic.write(address & _PAGE_MASK, size, value)
+
+    def cpuid(self, leaf: int, subleaf: int, native: CpuidResult) -> CpuidResult:
+        """CPUID."""
+        return cpuid(leaf, subleaf, native, self._host_clock)
+
+    def msr_read(self, index: int) -> int | None:
+        """RDMSR."""
+        match index:
+            case lapic.TSC_DEADLINE_MSR:
+                return self._local_apic.read_deadline()
+            case lapic.APIC_BASE_MSR:
+                return self._local_apic.read_base()
+            case clock.SYSTEM_TIME_MSR | clock.WALL_CLOCK_MSR:
+                return self._guest_clock.read_msr(index)
+        return None
+
+    def msr_write(self, index: int, value: int) -> bool:
+        """WRMSR."""
+        match index:
+            case lapic.TSC_DEADLINE_MSR:
+                self._local_apic.write_deadline(value)
+            case lapic.APIC_BASE_MSR:
+                self._local_apic.write_base(value)
+            case clock.SYSTEM_TIME_MSR:
+                self._guest_clock.write_system_time(value)
+            case clock.WALL_CLOCK_MSR:
+                self._guest_clock.write_wall_clock(value)
+            case _:
+                return False
+        return True
+
+    def interrupt_pending(self) -> bool:
+        """Whether take_interrupt() would give a vector now."""
+        return self._local_apic.pending
+
+    def take_interrupt(self) -> int | None:
+        """Acknowledges the highest pending interrupt."""
+        return self._local_apic.take()
+
+    # The events, on their thread
+
+    def _on_timer(self) -> None:
+        self._local_apic.timer_expired()
+        if self._guest_clock.due <= time.monotonic_ns() and self._engine is not None:
+            self._engine.call(self._guest_clock.publish)
+
+    def _on_events(self) -> None:
+        with self._events_lock:
+            self._hear()
+
+    def _hear(self) -> None:
+        """Takes all of the supervisor's news that are there."""
+        while True:
+            try:
+                message = protocol.receive(self._events, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            match message:
+                case None:
+                    raise SupervisorGone
+                case protocol.ConfigChanged(device, offset, data):
+                    self._functions[device].config_changed(offset, bytes.fromhex(data))
+                case protocol.DeviceBroken(device):
+                    function = self._functions[device]
+                    if function.broken() and function.device.device_id is DeviceId.CONSOLE:
+                        self._take_input()
+                case _:
+                    raise protocol.ProtocolError(f"{message!r} is no news for the machine")
+
+    def _interrupted(self) -> None:
+        self._supervisor.tell(protocol.Interrupted())
+
+    def _events_failed(self, error: Exception) -> None:
+        """The events' thread has ended: the CPU's, which alone says how the guest ends, has to know why."""
+
+        def fail() -> None:
+            raise error
+
+        assert self._engine is not None
+        self._engine.call(fail)
+
+    def _take_input(self) -> None:
+        if self._input is not None:
+            self._input.take()
+
+    def _release_input(self) -> None:
+        if self._input is not None:
+            self._input.release()
+
+    # The life of the machine
+
+    def run(self, engine: Engine, entry: EntryState) -> None:
+        """Runs the guest on this thread until it ends, and tells the supervisor how it did."""
+        self._engine = engine
+        self._local_apic.connect(engine.kick, self._io_apic.end_of_interrupt)
+        engine.enter(entry)
+        sys.setswitchinterval(_SWITCH_INTERVAL)
+        # Reading a terminal whose foreground is somebody else's is an error then, and does not stop this process.
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTTIN, signal.SIGTTOU)}
+        self._take_input()
+        self._loop.start(self._events_failed)
+        try:
+            end = self._run_to_the_end(engine)
+            self._loop.stop()
+            self._output.flush(_LAST_WORDS)
+            self._supervisor.tell(end)
+        except SupervisorGone:
+            pass
+        finally:
+            self._loop.stop()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _run_to_the_end(self, engine: Engine) -> Message:
+        try:
+            engine.run()
+        except GuestEnd as end:
+            return end.message
+        except GuestHalted:
+            self._supervisor.tell(protocol.Log("the guest halted", verbose=True))
+            return PowerOff()
+        except GuestFault as fault:
+            return Died(str(fault))
+        except SupervisorGone:
+            raise
+        except Exception as error:  # Whatever it is, it is a bug of ours, and the guest's end
+            traceback.print_exc()
+            return Died(f"internal error: {type(error).__name__}: {error}")
+        return Died("internal error: the CPU stopped without a reason")
+
+    def close(self) -> None:
+        """Gives back what the machine holds of the host; it must not run any more."""
+        self._output.close()
+        self._loop.close()
+        self._timer.close()
