@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lguest_mp.errors import GuestAddressError, LguestError
@@ -55,6 +57,7 @@ class GuestMemory:
         if size > low:
             regions.append(RamRegion(HIGH_RAM_BASE, size - low, low))
         self.regions = tuple(regions)
+        self._low_size = low
         try:
             self._mapping = mmap.mmap(
                 -1, size + 2 * PAGE_SIZE, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | MAP_NORESERVE
@@ -76,10 +79,19 @@ class GuestMemory:
         of) RAM all the same.
         """
         if gpa >= 0 and length >= 0:
-            for region in self.regions:
+            # The first region is where the offset is the address, and where nearly everything lies.
+            if gpa + length <= self._low_size:
+                return gpa
+            for region in self.regions[1:]:
                 if region.base <= gpa and gpa + length <= region.base + region.size:
                     return gpa - region.base + region.offset
         raise GuestAddressError(gpa, length)
+
+    def ranges(self, gpas: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]]:
+        """(offset, length) of several pieces of RAM, each as :meth:`offset` has it; none of the numbers is negative."""
+        if max(map(operator.add, gpas, lengths), default=0) <= self._low_size:
+            return list(zip(gpas, lengths, strict=True))
+        return [(self.offset(gpa, length), length) for gpa, length in zip(gpas, lengths, strict=True)]
 
     def slice(self, gpa: int, length: int) -> memoryview:
         """A writable view of ``length`` bytes of RAM at ``gpa``."""
@@ -97,3 +109,11 @@ class GuestMemory:
     def clear(self) -> None:
         """Gives every page back to the host: the guest's RAM reads as zeros again."""
         self._mapping.madvise(mmap.MADV_REMOVE, PAGE_SIZE, self.size)
+
+    def unmap_touched(self) -> None:
+        """Drops what *this process* has mapped of the guest's pages; their contents stay, for it and for all others.
+
+        Whoever only prepares the memory and does not use it afterwards (the supervisor) keeps no page tables for it,
+        and none of the pages counts as its own.
+        """
+        self._mapping.madvise(mmap.MADV_DONTNEED, PAGE_SIZE, self.size)

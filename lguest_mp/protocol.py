@@ -1,24 +1,43 @@
-"""What the machine process and the supervisor say to each other: small typed messages on a socket pair.
+"""What the processes of a guest say to each other: small typed messages on socket pairs.
 
-The machine runs the guest, so whatever comes from it may be a guest's doing: messages are JSON (never pickles), and
-decoding checks every field before anybody acts on it. Two ``SOCK_SEQPACKET`` pairs carry them:
+The machine runs the guest and a worker reads the guest's rings, so whatever comes from them may be a guest's doing:
+messages are JSON (never pickles), and decoding checks every field before anybody acts on it. The supervisor holds one
+end of each ``SOCK_SEQPACKET`` pair:
 
-- *requests*: the machine asks, and waits for the one answer (:class:`Done`) before the guest runs on, as the original
-  lguest waited: when a device's status reads back as reset, its workers are gone;
-- *events*: the supervisor tells the machine what happened outside (:class:`ConfigChanged`, :class:`DeviceBroken`).
+- *requests*, from the machine. :class:`DriverReady`, :class:`QueueReady`, :class:`QueueReset` and
+  :class:`DeviceReset` are answered by one :class:`Done`, and the machine waits for it before the guest runs on, as the
+  original lguest waited: when a device's status reads back as reset, its workers are gone. The machine asks one at a
+  time. Nothing else is answered: :class:`Ready`, :class:`PowerOff`, :class:`Reboot`, :class:`Died`,
+  :class:`Failed`, :class:`Interrupted`, :class:`Log`.
+- *events*, to the machine: :class:`Start`, once; then what happened outside, :class:`ConfigChanged` and
+  :class:`DeviceBroken`.
+- *reports*, one from each worker: :class:`Serving`, once; :class:`Log`, :class:`Interrupted`, :class:`Broken`.
 """
 
 from __future__ import annotations
 
 import json
 import socket
-from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeAlias, get_args
 
+from lguest_mp.cpu.engine import EntryState
 from lguest_mp.virtio.device import QueueLayout
 
 #: The longest message, in bytes. A device has few queues, so this is generous.
 MAX_MESSAGE = 16384
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The machine process has all that it needs of the host and waits for :class:`Start`."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The supervisor's word to execute the guest's first instruction, with these registers."""
+
+    entry: EntryState
 
 
 @dataclass(frozen=True)
@@ -67,12 +86,19 @@ class Reboot:
 
 @dataclass(frozen=True)
 class Interrupted:
-    """The person at the terminal typed ^C three times within a second, before the virtio console was ready."""
+    """The person at the terminal typed ^C three times within a second."""
 
 
 @dataclass(frozen=True)
 class Died:
     """The guest cannot go on; ``reason`` is one line for a person."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The machine process cannot run any guest here; ``reason`` is one line for a person."""
 
     reason: str
 
@@ -106,8 +132,22 @@ class DeviceBroken:
     device: int
 
 
+@dataclass(frozen=True)
+class Serving:
+    """A worker has its queue and serves it."""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A worker stops because the driver broke the standard; ``text`` says how."""
+
+    text: str
+
+
 Message: TypeAlias = (
-    DriverReady
+    Ready
+    | Start
+    | DriverReady
     | QueueReady
     | QueueReset
     | DeviceReset
@@ -115,33 +155,23 @@ Message: TypeAlias = (
     | Reboot
     | Interrupted
     | Died
+    | Failed
     | Log
     | Done
     | ConfigChanged
     | DeviceBroken
+    | Serving
+    | Broken
 )
 
-_TYPES: dict[str, type] = {
-    kind.__name__: kind
-    for kind in (
-        DriverReady,
-        QueueReady,
-        QueueReset,
-        DeviceReset,
-        PowerOff,
-        Reboot,
-        Interrupted,
-        Died,
-        Log,
-        Done,
-        ConfigChanged,
-        DeviceBroken,
-    )
-}
+_TYPES: dict[str, type[Message]] = {kind.__name__: kind for kind in get_args(Message)}
+
+#: Dataclasses inside messages; all of their fields are unsigned integers of at most 64 bits.
+_RECORDS: dict[str, type[QueueLayout] | type[EntryState]] = {"QueueLayout": QueueLayout, "EntryState": EntryState}
 
 
 class ProtocolError(Exception):
-    """The other side sent what is no message."""
+    """The other side sent what is no message, or a message that it may not send now."""
 
 
 def encode(message: Message) -> bytes:
@@ -152,18 +182,21 @@ def encode(message: Message) -> bytes:
 def decode(datagram: bytes) -> Message:
     """The message in a datagram, every field checked, or ProtocolError."""
     try:
-        name, fields = json.loads(datagram)
+        name, values = json.loads(datagram)
         kind = _TYPES[name]
-        if set(fields) != set(kind.__dataclass_fields__):
-            raise ProtocolError(f"{name} with other fields than its own")
-        values = {key: _checked(kind.__dataclass_fields__[key].type, value) for key, value in fields.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ProtocolError(f"not a message: {datagram[:80]!r}") from error
-    message: Message = kind(**values)
-    return message
+        return kind(**_checked_fields(kind, values))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ProtocolError(f"no message: {datagram[:80]!r}") from error
 
 
-def _checked(annotation: Any, value: Any) -> Any:
+def _checked_fields(kind: type[Any], values: Any) -> dict[str, Any]:
+    annotations = {field.name: str(field.type) for field in fields(kind)}
+    if type(values) is not dict or set(values) != set(annotations):
+        raise ProtocolError(f"{kind.__name__} with other fields than its own")
+    return {name: _checked(annotation, values[name]) for name, annotation in annotations.items()}
+
+
+def _checked(annotation: str, value: Any) -> Any:
     match annotation:
         case "int" if type(value) is int and 0 <= value < 1 << 64:
             return value
@@ -171,25 +204,28 @@ def _checked(annotation: Any, value: Any) -> Any:
             return value
         case "bool" if type(value) is bool:
             return value
-        case "QueueLayout":
-            return _layout(value)
+        case "QueueLayout" | "EntryState":
+            record = _RECORDS[annotation]
+            return record(**_checked_fields(record, value))
         case "tuple[QueueLayout | None, ...]" if type(value) is list:
-            return tuple(None if entry is None else _layout(entry) for entry in value)
-    raise ProtocolError(f"{value!r} is no {annotation}")
+            return tuple(None if entry is None else _checked("QueueLayout", entry) for entry in value)
+    raise ProtocolError(f"{value!r:.80} is no {annotation}")
 
 
-def _layout(fields: Any) -> QueueLayout:
-    if type(fields) is not dict or set(fields) != set(QueueLayout.__dataclass_fields__):
-        raise ProtocolError(f"{fields!r} is no queue layout")
-    return QueueLayout(**{key: _checked("int", value) for key, value in fields.items()})
+def channel_pair() -> tuple[socket.socket, socket.socket]:
+    """A new socket pair for messages; not inherited across exec."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-def send(channel: socket.socket, message: Message) -> None:
-    """Sends one message."""
-    channel.send(encode(message))
+def send(channel: socket.socket, message: Message, flags: int = 0) -> None:
+    """One message to the other side, with the system call's flags. OSError when it is gone."""
+    channel.send(encode(message), flags)
 
 
-def receive(channel: socket.socket) -> Message | None:
-    """The next message, or None when the other side is gone."""
-    datagram = channel.recv(MAX_MESSAGE)
+def receive(channel: socket.socket, flags: int = 0) -> Message | None:
+    """The next message, or None when the other side is gone; with the flags of recv(2)."""
+    try:
+        datagram = channel.recv(MAX_MESSAGE, flags)
+    except ConnectionResetError:
+        return None
     return decode(datagram) if datagram else None

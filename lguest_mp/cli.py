@@ -1,0 +1,190 @@
+"""``lguest``: the command line of the original launcher.
+
+Options are read as getopt_long(3) reads them: anywhere before ``--``, in any order with everything else, as
+``--block=disk`` or ``--block disk``, abbreviated where that is unambiguous. What remains is the guest's memory, its
+kernel, and the kernel's arguments. So a kernel argument that begins with a dash has to stand behind ``--``, which
+itself goes nowhere: ``lguest 256 vmlinuz root=/dev/vda -- -- -b`` gives the kernel ``root=/dev/vda -- -b``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from getopt import GetoptError, gnu_getopt
+from pathlib import Path
+
+from lguest_mp import __version__
+from lguest_mp.config import BlockConfig, DeviceConfig, GuestConfig, RngConfig
+from lguest_mp.errors import LguestError
+from lguest_mp.supervisor import ending
+from lguest_mp.supervisor.log import say
+
+_USAGE = "usage: lguest [options] <mem-in-mb> <kernel> [kernel arguments...]"
+_HELP = f"""{_USAGE}
+
+Boots a Linux kernel in a virtual machine. Every virtqueue is served by a process of its own.
+
+  <mem-in-mb>         the guest's memory, in MiB
+  <kernel>            a bzImage, or an ELF vmlinux
+  [kernel arguments]  the kernel's command line (those that begin with '-': after '--')
+
+Options, anywhere before '--':
+  --block=<file>      a disk; may be given several times
+  --rng               a source of random numbers
+  --initrd=<file>     the initial RAM disk
+  --tunnet=<...>      a network device; not in this version
+  --username=<user>   become this user before the guest runs (as root)
+  --chroot=<dir>      make this the root directory before the guest runs (as root)
+  --name=<name>       what to call the guest in 'ps'; otherwise the process ID
+  --cpu=<engine>      what executes the guest: unicorn, the embedded CPU
+  --machine=<kind>    what the guest finds: pc
+  -v, --verbose       tell what happens
+  --help, --version
+
+The terminal is the guest's console. Three ^C within a second stop the guest.
+
+Exit status: 0 the guest powered off, 1 lguest could not do it, 2 usage, 3 the guest died, 4 a device's worker died.
+"""
+_OPTIONS = [
+    *("verbose", "tunnet=", "block=", "rng", "initrd=", "username=", "chroot="),
+    *("name=", "cpu=", "machine=", "help", "version"),
+]
+_CPUS = ("unicorn",)
+_MACHINES = ("pc",)
+
+#: A name is for people, and for the command lines of other tools.
+_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+_NAME_LENGTH = 64
+#: More digits than any machine's memory has in MiB; how much a guest can have is for its kernel's loader to say.
+_MEMORY_DIGITS = 9
+
+
+class UsageError(Exception):
+    """The command line is none; its text says where."""
+
+
+class Told(Exception):
+    """The command line asks for a text, not for a guest."""
+
+
+def parse(arguments: Sequence[str]) -> GuestConfig:
+    """The guest that the arguments (without the program's name) describe.
+
+    UsageError, LguestError (a value that cannot be), Told.
+    """
+    try:
+        options, rest = gnu_getopt(list(arguments), "v", _OPTIONS)
+    except GetoptError as error:
+        raise UsageError(error.msg) from error
+    given = [(name.lstrip("-"), value) for name, value in options]
+    single = dict(given)  # of an option that counts once, the last one does
+    if "help" in single:
+        raise Told(_HELP)
+    if "version" in single:
+        raise Told(f"lguest {__version__}\n")
+    cpu = _choice("cpu", single.get("cpu", _CPUS[0]), _CPUS)
+    machine = _choice("machine", single.get("machine", _MACHINES[0]), _MACHINES)
+    if len(rest) < 2:
+        raise UsageError("the memory is missing" if not rest else "the kernel is missing")
+    return GuestConfig(
+        name=_name(single["name"]) if "name" in single else str(os.getpid()),
+        memory=_memory(rest[0]),
+        kernel=_file("the kernel", rest[1]),
+        initrd=_file("--initrd", single["initrd"]) if "initrd" in single else None,
+        arguments=tuple(rest[2:]),
+        devices=_devices(given),
+        username=single.get("username"),
+        chroot=_file("--chroot", single["chroot"]) if "chroot" in single else None,
+        verbose="verbose" in single or "v" in single,
+        cpu=cpu,
+        machine=machine,
+    )
+
+
+def _devices(given: list[tuple[str, str]]) -> tuple[DeviceConfig, ...]:
+    devices: list[DeviceConfig] = []
+    for name, value in given:
+        match name:
+            case "block":
+                devices.append(BlockConfig(_file("--block", value)))
+            case "rng":
+                devices.append(RngConfig())
+            case "tunnet":
+                raise LguestError(f"--tunnet={value}: networking is not in this version; leave it out")
+    return tuple(devices)
+
+
+def _memory(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or len(text) > _MEMORY_DIGITS:
+        raise LguestError(f"{text!r} is no memory size; give whole MiB, for example 256")
+    return int(text) << 20
+
+
+def _name(text: str) -> str:
+    if not 0 < len(text) <= _NAME_LENGTH or not set(text) <= _NAME_CHARACTERS:
+        raise LguestError(f"--name={text}: a name has 1 to {_NAME_LENGTH} letters, digits, '.', '_' or '-'")
+    return text
+
+
+def _file(what: str, text: str) -> Path:
+    if not text:
+        raise LguestError(f"{what} is an empty name; give a file")
+    return Path(text)
+
+
+def _choice(option: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise UsageError(f"--{option}={value} is unknown; there is {', '.join(known)}")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program; returns its exit status, or dies by the signal that it was told to stop by."""
+    try:
+        config = parse(sys.argv[1:] if arguments is None else arguments)
+        return _launch(config)
+    except Told as told:
+        sys.stdout.write(str(told))
+        return 0
+    except UsageError as error:
+        say(f"{error}; {_USAGE} (--help tells more)")
+        return ending.ExitStatus.USAGE
+    except LguestError as error:
+        say(str(error))
+        return ending.ExitStatus.FAILED
+    except KeyboardInterrupt:
+        import signal  # noqa: PLC0415
+
+        ending.die_by(signal.SIGINT)
+
+
+def _launch(config: GuestConfig) -> int:
+    from lguest_mp.supervisor import parts, run  # noqa: PLC0415 -- --help needs none of it
+
+    _open_standard_files()
+    return conclude(run.run(config, parts.pc()))
+
+
+def conclude(how: ending.Ending) -> int:  # noqa: RET503 -- two of the three ways never return
+    """Acts on the end of the guest: a line and an exit status, death by a signal, or another life."""
+    match how:
+        case ending.Exit(status, line):
+            if line is not None:
+                say(line)
+            return status
+        case ending.Signalled(signum):
+            ending.die_by(signum)
+        case ending.Rebooting():
+            from lguest_mp.supervisor import reboot  # noqa: PLC0415
+
+            reboot.execute_again()
+
+
+def _open_standard_files() -> None:
+    """Opens /dev/null for what is not open, so that nothing else gets the number of standard input or output."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)

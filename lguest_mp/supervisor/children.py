@@ -1,0 +1,150 @@
+"""Forking a process of the guest, and hearing of its end.
+
+A child is born with all signals blocked and everything inherited. Before it runs its own body it lets go of what is
+the supervisor's: signal handlers, file descriptors. It ties its life to the supervisor's and takes its name. From then
+on it is known by a pidfd, which becomes readable when it ends and cannot come to mean another process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NoReturn
+
+from lguest_mp import prctl, worker
+from lguest_mp.errors import LguestError
+from lguest_mp.supervisor import signals
+
+
+@dataclass(eq=False)
+class Child:
+    """A process that this one forked. ``name`` as people call it: ``cpu``, ``block0/requestq``."""
+
+    name: str
+    pid: int
+    pidfd: int
+
+    def signal(self, signum: signal.Signals) -> None:
+        """Sends it a signal; does nothing if it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signum)
+
+    def has_ended(self, timeout: float = 0) -> bool:
+        """Whether it ends within ``timeout`` seconds."""
+        poller = select.poll()
+        poller.register(self.pidfd, select.POLLIN)
+        return bool(poller.poll(max(0, timeout) * 1000))
+
+    def reap(self) -> int:
+        """Waits for its end and forgets it; the status as of wait(2)."""
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self.pidfd)
+        return status
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How the processes of one guest are called in ``ps`` and ``top``."""
+
+    guest: str
+
+    def title(self, child: str | None = None) -> str:
+        """The command line that ``ps`` shows."""
+        return f"lguest[{self.guest}]" if child is None else f"lguest[{self.guest}] {child}"
+
+    def take(self, child: str | None, comm: str) -> None:
+        """Names this process. The comm comes second: a title sets it too, to its own beginning."""
+        from setproctitle import setproctitle  # noqa: PLC0415 -- 10 ms that the guest's CPU need not wait for
+
+        setproctitle(self.title(child))
+        prctl.set_comm(comm)
+
+
+def fork(name: str, body: Callable[[], int]) -> Child:
+    """Forks a child that runs ``body`` and exits with what it returns. The body is to call :func:`keep_only` soon."""
+    parent = os.getpid()
+    mask = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _be_child(parent, body, mask)
+        pidfd = _open_pidfd(pid)
+    except OSError as error:
+        raise LguestError(
+            f"cannot fork {name}: {error.strerror}; the host is short of processes, memory or files"
+        ) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return Child(name, pid, pidfd)
+
+
+def _open_pidfd(pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
+
+
+def _be_child(parent: int, body: Callable[[], int], mask: set[int | signal.Signals]) -> NoReturn:
+    status = worker.BUG
+    try:
+        signals.reset_in_child()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if prctl.die_with_parent(parent):
+            status = body()
+    except BaseException:  # nothing of the supervisor's own may run in here
+        os.write(2, traceback.format_exc().encode(errors="replace"))
+    finally:
+        os._exit(status)
+
+
+def keep_only(wanted: Iterable[int], null: int) -> None:
+    """Closes every file descriptor of this process but ``wanted`` and standard error.
+
+    Standard input and output, when they are not wanted, become ``null`` (/dev/null).
+    """
+    kept = {0, 1, 2, *wanted}
+    for standard in {0, 1}.difference(wanted):
+        os.dup2(null, standard)
+    try:
+        opened = {int(name) for name in os.listdir("/proc/self/fd")}
+    except OSError:  # no /proc in this root directory
+        for before, after in pairwise([2, *sorted(kept - {0, 1, 2}), os.sysconf("SC_OPEN_MAX")]):
+            os.closerange(before + 1, after)
+        return
+    for fd in opened - kept:
+        with contextlib.suppress(OSError):  # the listing's own
+            os.close(fd)
+
+
+def end_all(children: Sequence[Child], grace: float) -> None:
+    """Ends the children, those that do not hear within ``grace`` seconds by force, and reaps them."""
+    deadline = time.monotonic() + grace
+    for child in children:
+        child.signal(signal.SIGTERM)
+        child.signal(signal.SIGCONT)  # one that is stopped does not hear
+    for child in children:
+        if not child.has_ended(deadline - time.monotonic()):
+            child.signal(signal.SIGKILL)
+    for child in children:
+        child.reap()
+
+
+def how_it_ended(status: int) -> str:
+    """A wait status in words: ``was killed by SIGSEGV``, ``exited with status 70``."""
+    if not os.WIFSIGNALED(status):
+        return f"exited with status {os.WEXITSTATUS(status)}"
+    signum = os.WTERMSIG(status)
+    try:
+        return f"was killed by {signal.Signals(signum).name}"
+    except ValueError:
+        return f"was killed by signal {signum}"

@@ -1,0 +1,66 @@
+"""The ways in which a guest ends: what the user reads, and what the launcher's parent gets as its exit status."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NoReturn
+
+
+class ExitStatus(IntEnum):
+    """The launcher's exit status."""
+
+    POWERED_OFF = 0
+    FAILED = 1
+    USAGE = 2
+    GUEST_DIED = 3
+    WORKER_DIED = 4
+
+
+@dataclass(frozen=True)
+class Exit:
+    """The launcher exits with this status; ``line`` says why."""
+
+    status: ExitStatus
+    line: str | None = None
+
+
+@dataclass(frozen=True)
+class Signalled:
+    """The launcher was told to stop by this signal; it dies by it, so that its parent knows."""
+
+    signum: int
+
+
+@dataclass(frozen=True)
+class Rebooting:
+    """The guest starts afresh."""
+
+
+Ending = Exit | Signalled | Rebooting
+
+
+def powered_off() -> Ending:
+    return Exit(ExitStatus.POWERED_OFF)
+
+
+def failed(reason: str) -> Ending:
+    return Exit(ExitStatus.FAILED, reason)
+
+
+def guest_died(reason: str) -> Ending:
+    return Exit(ExitStatus.GUEST_DIED, f"the guest died: {reason}")
+
+
+def worker_died(name: str, how: str) -> Ending:
+    return Exit(ExitStatus.WORKER_DIED, f"the worker {name} {how}; the guest is stopped")
+
+
+def die_by(signum: int) -> NoReturn:
+    """Ends this process by the signal, as if it had never been handled."""
+    signal.signal(signum, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signum})
+    os.kill(os.getpid(), signum)
+    os._exit(128 + signum)  # the first process of a PID namespace cannot kill itself

@@ -1,0 +1,138 @@
+"""What a guest is made of: its machine, its kernel's loader, its devices.
+
+The supervisor knows the parts by what they do for it (:class:`Parts`), so that another machine, or a test's, is
+another instance. :func:`pc` is the machine of a stock kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import socket
+
+    from lguest_mp.config import GuestConfig
+    from lguest_mp.cpu.engine import EntryState
+    from lguest_mp.machine.wiring import DevicePort
+    from lguest_mp.memory import GuestMemory
+    from lguest_mp.virtio.device import Device, QueueLayout
+    from lguest_mp.virtio.queue import Queue
+    from lguest_mp.worker import WriteWatch
+
+
+class Kernel(Protocol):
+    """A kernel and its initrd, read and found good."""
+
+    def load(self, memory: GuestMemory) -> EntryState:
+        """Writes them, and what they have to know of the machine, to guest memory. May be called again."""
+
+
+class CodeWatch(Protocol):
+    """What the workers tell the CPU about guest memory that they write. Made before anything is forked."""
+
+    @property
+    def files(self) -> Sequence[int]:
+        """The file descriptors that the machine process keeps for it."""
+
+    def worker_files(self, worker: int) -> Sequence[int]:
+        """The file descriptors that worker ``worker`` keeps for it."""
+
+    def writer(self, worker: int) -> WriteWatch | None:
+        """For worker ``worker`` (0, 1, ...), in its process."""
+
+    def close(self) -> None:
+        """Closes the files."""
+
+
+class MachineBody(Protocol):
+    """What the machine process does; returns when the guest has ended and the supervisor was told how."""
+
+    def __call__(  # noqa: PLR0917 -- what a machine is made of
+        self,
+        config: GuestConfig,
+        memory: GuestMemory,
+        code_map: Any,  # what make_code_watch made
+        devices: Sequence[DevicePort],
+        entry: EntryState,
+        requests: socket.socket,
+        events: socket.socket,
+    ) -> None: ...
+
+
+class QueueMaker(Protocol):
+    """Makes a worker's queue."""
+
+    def __call__(  # noqa: PLR0917 -- what a queue is made of
+        self, memory: GuestMemory, layout: QueueLayout, features: int, kick: int, call: int, watch: WriteWatch | None
+    ) -> Queue: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of one kind of guest.
+
+    ``load_machine`` imports *all* that the machine process will ever need and returns its body; LguestError if the
+    host cannot run it. It is called in that process, so that nobody else pays for the CPU engine, while the kernel is
+    being loaded; only when the guest is to be confined the supervisor calls it first. ``make_queue`` is called in a
+    worker, everything else in the supervisor before anything is forked; LguestError when it cannot be done.
+    """
+
+    read_kernel: Callable[[GuestConfig], Kernel]
+    open_devices: Callable[[GuestConfig], list[Device]]
+    make_code_watch: Callable[[GuestMemory, int], CodeWatch | None]
+    make_queue: QueueMaker
+    load_machine: Callable[[], MachineBody]
+
+
+def pc() -> Parts:
+    """A stock 64-bit Linux on a PC with virtio over PCI, its CPU embedded.
+
+    What workers run is imported here, in the supervisor: they all share it, and the root directory that they are
+    forked into may hold no Python.
+    """
+    from lguest_mp.boot.linux import prepare  # noqa: PLC0415
+    from lguest_mp.codemap import CodeMap  # noqa: PLC0415
+    from lguest_mp.virtio.queue import Queue  # noqa: PLC0415
+
+    return Parts(
+        read_kernel=prepare,
+        open_devices=_open_virtio_devices,
+        make_code_watch=CodeMap,
+        make_queue=Queue,
+        load_machine=_load_pc,
+    )
+
+
+def _open_virtio_devices(config: GuestConfig) -> list[Device]:
+    """The console, which every guest has, and then the command line's devices in its order."""
+    from lguest_mp import terminal  # noqa: PLC0415
+    from lguest_mp.config import BlockConfig, RngConfig  # noqa: PLC0415
+    from lguest_mp.virtio.block import Block  # noqa: PLC0415
+    from lguest_mp.virtio.console import Console  # noqa: PLC0415
+    from lguest_mp.virtio.rng import Rng  # noqa: PLC0415
+
+    columns, rows = terminal.size() or (80, 25)
+    devices: list[Device] = [Console(columns=columns, rows=rows)]
+    counts = {BlockConfig: 0, RngConfig: 0}
+    try:
+        for wanted in config.devices:
+            number = counts[type(wanted)]
+            counts[type(wanted)] += 1
+            match wanted:
+                case BlockConfig(path):
+                    devices.append(Block(f"block{number}", path))
+                case RngConfig():
+                    devices.append(Rng(f"rng{number}"))
+    except BaseException:
+        for device in devices:
+            device.close()
+        raise
+    return devices
+
+
+def _load_pc() -> MachineBody:
+    from lguest_mp.machine.process import run_machine  # noqa: PLC0415
+
+    return run_machine

@@ -1,0 +1,34 @@
+"""A guest's reboot: the launcher executes itself again, with the command line that it was given.
+
+Everything is as it was at the first start then: the images are opened anew (a new kernel boots), and nothing can leak
+from one life into the next. The PID stays, files are closed by exec, signals and terminal were put back on the way
+here. A counter in the environment is all that the new launcher knows of the old.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import NoReturn
+
+from lguest_mp.errors import LguestError
+
+_COUNTER = "LGUEST_REBOOTS"
+
+
+def count() -> int:
+    """How often this process has rebooted by exec."""
+    value = os.environ.get(_COUNTER, "")
+    return int(value) if value.isascii() and value.isdecimal() else 0
+
+
+def execute_again() -> NoReturn:
+    """Replaces this program by itself; LguestError if the host no longer has it."""
+    os.environ[_COUNTER] = str(count() + 1)
+    for ignored_by_python in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(ignored_by_python, signal.SIG_DFL)
+    try:
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    except OSError as error:
+        raise LguestError(f"cannot reboot: {sys.executable}: {error.strerror}") from error

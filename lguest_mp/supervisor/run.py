@@ -1,0 +1,35 @@
+"""One launcher from its resources to its end, with as many guests in a row as reboots in place ask for."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from lguest_mp.supervisor import reboot
+from lguest_mp.supervisor.children import Naming
+from lguest_mp.supervisor.ending import Rebooting
+from lguest_mp.supervisor.guest import GRACE, Guest
+from lguest_mp.supervisor.log import say
+from lguest_mp.supervisor.resources import open_all
+from lguest_mp.supervisor.signals import Signals
+from lguest_mp.terminal import Terminal
+
+if TYPE_CHECKING:
+    from lguest_mp.config import GuestConfig
+    from lguest_mp.supervisor.ending import Ending
+    from lguest_mp.supervisor.parts import Parts
+
+
+def run(config: GuestConfig, parts: Parts, grace: float = GRACE) -> Ending:
+    """Runs the guest to its end. Rebooting means: by exec, now that everything is closed and put back."""
+    reboots = reboot.count()
+    naming = Naming(config.name)
+    with closing(open_all(config, parts)) as resources, Signals() as signals, Terminal() as screen:
+        while True:
+            if config.verbose and reboots:
+                say(f"reboot {reboots}")
+            ending = Guest(resources, naming, signals, screen, grace).run()
+            if not isinstance(ending, Rebooting) or not resources.reboots_in_place:
+                return ending
+            resources.reset()
+            reboots += 1
