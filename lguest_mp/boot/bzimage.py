@@ -79,7 +79,7 @@ def parse_bzimage(file: HostFile, head: bytes) -> BzImage:
     # The size is counted in paragraphs of 16 bytes, the last of which may be cut short.
     told = header[zeropage.SYSSIZE] * 16
     code_size = min(told, file.size - code_offset)
-    if told < SECTOR or code_size <= told - 16:
+    if told < 2 * ENTRY_64 or code_size <= told - 16:
         raise LguestError(
             f"{file.name} is truncated: its header tells of {code_offset + told} bytes, there are {file.size}"
         )

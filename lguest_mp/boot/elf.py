@@ -109,7 +109,7 @@ def _check_segments(name: str, image: ElfImage, size: int) -> None:
     if not image.segments:
         raise LguestError(f"{name} has nothing to load (no PT_LOAD segment); give a vmlinux")
     for segment in image.segments:
-        if segment.offset + segment.size > size:
+        if segment.size and segment.offset + segment.size > size:
             raise LguestError(
                 f"{name} is truncated: a segment ends at byte {segment.offset + segment.size}, the file at {size}"
             )

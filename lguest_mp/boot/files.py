@@ -25,18 +25,17 @@ class HostFile:
         self._fd = -1
         try:
             # O_NONBLOCK: a FIFO without a writer must be an error, not a wait.
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise LguestError(f"cannot open {self.name}: {reason}") from error
-        status = os.fstat(self._fd)
+        status = os.fstat(fd)
+        problem = _problem(status)
+        if problem:
+            os.close(fd)
+            raise LguestError(f"{self.name} is {problem}")
+        self._fd = fd
         self.size = status.st_size
-        if stat.S_ISDIR(status.st_mode):
-            raise LguestError(f"{self.name} is a directory; give a file")
-        if not stat.S_ISREG(status.st_mode):
-            raise LguestError(f"{self.name} is not a regular file; give one")
-        if not self.size:
-            raise LguestError(f"{self.name} is empty")
 
     def __del__(self) -> None:
         if self._fd >= 0:
@@ -77,3 +76,11 @@ class HostFile:
             if len(chunk) != length:
                 raise LguestError(f"{self.name} became shorter while it was read; start again")
             yield chunk
+
+
+def _problem(status: os.stat_result) -> str | None:
+    if stat.S_ISDIR(status.st_mode):
+        return "a directory; give a file"
+    if not stat.S_ISREG(status.st_mode):
+        return "not a regular file; give one"
+    return None if status.st_size else "empty"

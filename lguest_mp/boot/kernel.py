@@ -8,8 +8,7 @@ payload nobody here can unpack). All checks are made when it is read; loading on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
 
 from lguest_mp.boot.bzimage import ENTRY_64, MAX_IMAGE_SIZE, BzImage, is_bzimage, parse_bzimage
 from lguest_mp.boot.elf import HEADERS_SIZE, ElfImage, Segment, is_elf, parse_elf
@@ -17,7 +16,7 @@ from lguest_mp.boot.files import HostFile
 from lguest_mp.boot.payload import Payload, find_compression
 from lguest_mp.boot.zeropage import ZeroPage
 from lguest_mp.errors import LguestError
-from lguest_mp.memory import GuestMemory
+from lguest_mp.memory import LOW_RAM_LIMIT, GuestMemory
 
 MIB = 1 << 20
 #: Below 1 MiB are the tables that the loader makes.
@@ -30,15 +29,14 @@ ZEROS = bytes(64 << 10)
 class Kernel:
     """A kernel, read and checked: guest-physical addresses, sizes in bytes.
 
-    ``first`` to ``end`` is the kernel's until it manages memory itself. ``unpacks_itself``: what runs first is the
-    image's own decompressor.
+    Below ``end`` (and above 1 MiB) memory is the kernel's until it manages it itself. ``unpacks_itself``: what runs
+    first is the image's own decompressor.
     """
 
     name: str
     header: ZeroPage
     entry: int
     segments: tuple[Segment, ...]
-    first: int
     end: int
     unpacks_itself: bool
     source: Callable[[], Iterable[bytes]]
@@ -52,7 +50,7 @@ class Kernel:
 def _pieces(segments: Iterable[Segment], chunks: Iterable[bytes]) -> Iterator[tuple[int, memoryview]]:
     """What of a stream goes where, without its longer runs of zeros; ends with the last byte that is needed."""
     start = 0
-    needed = max(segment.offset + segment.size for segment in segments)
+    needed = max((segment.offset + segment.size for segment in segments if segment.size), default=0)
     for chunk in chunks:
         view = memoryview(chunk)
         for segment in segments:
@@ -96,12 +94,14 @@ def _direct(
     first = min(segment.address for segment in image.segments)
     end = max(segment.end for segment in image.segments)
     _check_place(name, first, end, low_memory)
-    return Kernel(name, header, image.entry, image.segments, first, end, unpacks_itself=False, source=source)
+    return Kernel(name, header, image.entry, image.segments, end, unpacks_itself=False, source=source)
 
 
 def _check_place(name: str, first: int, end: int, low_memory: int) -> None:
     if first < KERNEL_FIRST:
         raise LguestError(f"{name} wants to be at {first:#x}, where the boot tables are (below {KERNEL_FIRST:#x})")
+    if end > LOW_RAM_LIMIT:
+        raise LguestError(f"{name} wants memory up to {end:#x}; a guest's low memory ends at {LOW_RAM_LIMIT:#x}")
     if end > low_memory:
         raise LguestError(
             f"{name} needs memory up to {end:#x}; the guest's {low_memory >> 20} MiB end at {low_memory:#x}:"
@@ -121,24 +121,25 @@ def _read_bzimage(file: HostFile, image: BzImage, low_memory: int) -> Kernel:
 
 def _unpack(name: str, image: BzImage, payload: Payload, low_memory: int) -> Kernel | None:
     """The kernel inside, unpacked once from beginning to end to know that it can be; None: it is not ELF."""
-    limit = min(low_memory, MAX_IMAGE_SIZE)
-    if payload.size > limit:
+    if not 0 < payload.size <= MAX_IMAGE_SIZE:
+        raise LguestError(f"{name} is damaged: no kernel unpacks to {payload.size} bytes (at most {MAX_IMAGE_SIZE})")
+    if payload.size > low_memory:
         raise LguestError(
-            f"{name} unpacks to {payload.size} bytes; for this guest {limit} are the most: give it more memory"
+            f"{name} unpacks to {payload.size} bytes; the guest has {low_memory >> 20} MiB:"
+            f" give it at least {-(-payload.size // MIB)} MiB"
         )
     chunks = payload.chunks()
-    first = next(chunks, b"")
+    first = next(chunks)
     if not is_elf(first):
         return None
     elf = parse_elf(f"{name} (unpacked)", first[:HEADERS_SIZE], payload.size)
-    source: Callable[[], Iterable[bytes]] = payload.chunks
-    kernel = _direct(name, image.header, elf, source, low_memory)
+    kernel = _direct(name, image.header, elf, payload.chunks, low_memory)
     if payload.compression.cheap:
         for _ in chunks:
             pass
         return kernel
-    kept = tuple(chain((first,), chunks))
-    return _direct(name, image.header, elf, lambda: kept, low_memory)
+    kept = (first, *chunks)
+    return replace(kernel, source=lambda: kept)
 
 
 def _own_entry(file: HostFile, image: BzImage, low_memory: int) -> Kernel:
@@ -151,7 +152,6 @@ def _own_entry(file: HostFile, image: BzImage, low_memory: int) -> Kernel:
         image.header,
         address + ENTRY_64,
         (segment,),
-        address,
         end,
         unpacks_itself=True,
         source=lambda: (code,),

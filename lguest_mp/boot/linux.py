@@ -30,6 +30,7 @@ decompressor would ask for that is set here, unless the command line has ``nokas
 from __future__ import annotations
 
 import struct
+from itertools import takewhile
 
 from lguest_mp.boot import zeropage
 from lguest_mp.boot.acpi import acpi_tables
@@ -86,7 +87,9 @@ def _check_memory(size: int) -> None:
 def _command_line(arguments: tuple[str, ...], kernel: Kernel) -> bytes:
     """The kernel's command line without its terminating zero."""
     line = " ".join(arguments)
-    if not any(word.startswith("console=") for word in line.split()):
+    # What follows "--" is for init and not for the kernel.
+    words = list(takewhile("--".__ne__, line.split()))
+    if not any(word.startswith("console=") for word in words):
         line = f"console=ttyS0 {line}".rstrip()
     data = line.encode(errors="surrogateescape")
     limit = min(kernel.header[zeropage.CMDLINE_SIZE], COMMAND_LINE_ROOM - 1)
@@ -114,13 +117,15 @@ class Prepared:
 
     def _place_initrd(self, initrd: HostFile) -> int:
         """As high as the kernel can reach it, page-aligned: the guest-physical address."""
-        top = min(self._memory_size, LOW_RAM_LIMIT, self.kernel.header[zeropage.INITRD_ADDR_MAX] + 1)
+        highest = min(self.kernel.header[zeropage.INITRD_ADDR_MAX] + 1, LOW_RAM_LIMIT)
+        top = min(self._memory_size, highest)
         address = (top - initrd.size) & -PAGE_SIZE
         if address < self.kernel.end:
-            room = max(top - self.kernel.end, 0)
+            needed = self.kernel.end + initrd.size + PAGE_SIZE
+            remedy = f"give the guest at least {-(-needed // MIB)} MiB" if needed <= highest else "make it smaller"
             raise LguestError(
-                f"{initrd.name} has {initrd.size} bytes, above the kernel (up to {self.kernel.end:#x}) are {room}:"
-                f" give the guest at least {-(-(self.kernel.end + initrd.size + PAGE_SIZE) // MIB)} MiB"
+                f"{initrd.name} has {initrd.size} bytes; between the kernel's end at {self.kernel.end:#x} and {top:#x}"
+                f" are {max(top - self.kernel.end, 0)}: {remedy}"
             )
         return address
 

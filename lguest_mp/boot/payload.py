@@ -143,9 +143,7 @@ def _zstd(data: memoryview, size: int) -> Iterator[bytes]:
         told = zstandard.get_frame_parameters(data).content_size
         if told not in {zstandard.CONTENTSIZE_UNKNOWN, size}:
             raise DamagedPayloadError(f"its frame says {told} bytes")
-        output = zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW).decompress(
-            data, max_output_size=size, allow_extra_data=True
-        )
+        output = zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW).decompress(data, max_output_size=size)
     except (zstandard.ZstdError, MemoryError) as error:
         raise DamagedPayloadError(str(error)) from error
     if len(output) != size:
