@@ -135,4 +135,4 @@ def one_line(error: LguestError) -> str:
 
 def is_zero(memory: GuestMemory, address: int, length: int) -> bool:
     """Whether this part of guest memory is all zeros."""
-    return not any(memory.read(address, length))
+    return memory.read(address, length) == bytes(length)
