@@ -133,6 +133,8 @@ def _open_virtio_devices(config: GuestConfig) -> list[Device]:
 
 
 def _load_pc() -> MachineBody:
+    from lguest_mp.cpu.unicorn.internals import repaired_library  # noqa: PLC0415
     from lguest_mp.machine.process import run_machine  # noqa: PLC0415
 
+    repaired_library()  # while there still is a file system to load it from
     return run_machine
