@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lguest_mp.errors import GuestAddressError, LguestError
@@ -86,12 +84,6 @@ class GuestMemory:
                 if region.base <= gpa and gpa + length <= region.base + region.size:
                     return gpa - region.base + region.offset
         raise GuestAddressError(gpa, length)
-
-    def ranges(self, gpas: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]]:
-        """(offset, length) of several pieces of RAM, each as :meth:`offset` has it; none of the numbers is negative."""
-        if max(map(operator.add, gpas, lengths), default=0) <= self._low_size:
-            return list(zip(gpas, lengths, strict=True))
-        return [(self.offset(gpa, length), length) for gpa, length in zip(gpas, lengths, strict=True)]
 
     def slice(self, gpa: int, length: int) -> memoryview:
         """A writable view of ``length`` bytes of RAM at ``gpa``."""

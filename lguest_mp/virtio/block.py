@@ -34,7 +34,7 @@ import stat
 import struct
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import IntEnum, IntFlag
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,13 +73,10 @@ class RequestType(IntEnum):
     WRITE_ZEROES = 13
 
 
-class Status(IntEnum):
-    """The status byte (5.2.6)."""
-
-    OK = 0
-    IOERR = 1
-    UNSUPP = 2
-
+#: Values of the status byte (5.2.6).
+S_OK = 0
+S_IOERR = 1
+S_UNSUPP = 2
 
 #: le32 type, le32 reserved, le64 sector (5.2.6).
 _HEADER = struct.Struct("<IIQ")
@@ -170,6 +167,9 @@ class Block(Device):
         _Server(self, self._file, queue, context).serve()
 
 
+Ranges = list[tuple[int, int]]
+
+
 class _Server:
     """A worker's view of one disk."""
 
@@ -183,6 +183,14 @@ class _Server:
         # Without FLUSH a completed write has to be stable (5.2.6.2, case 1).
         self._writeback = bool(queue.features & BlockFeature.FLUSH)
         self._write_flags = 0 if self._writeback else os.RWF_DSYNC
+        # By type: those that fill the writable part (and say how much of it), and those that take the readable part.
+        self._fills = {RequestType.IN.value: self._in, RequestType.GET_ID.value: self._get_id}
+        self._takes = {
+            RequestType.OUT.value: self._out,
+            RequestType.FLUSH.value: self._flush,
+            RequestType.DISCARD.value: self._discard,
+            RequestType.WRITE_ZEROES.value: self._write_zeroes,
+        }
         self._fallocate = ctypes.CDLL(None, use_errno=True).fallocate
         self._fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
@@ -195,111 +203,91 @@ class _Server:
     def _request(self, chain: Chain) -> int:
         """Serves one request; the length of the buffer's writable part, all of which is written."""
         memory = chain.memory
-        readable = chain.readable_ranges
-        if readable and readable[0][1] == _HEADER.size:
-            kind, _, sector = _HEADER.unpack_from(memory, readable[0][0])
-            outgoing = readable[1:]
-        else:
-            header, outgoing = _split(readable, _HEADER.size)
-            if _size(header) < _HEADER.size:
-                raise DeviceProtocolError("5.2.6", f"a request with a header of {_size(header)} bytes")
-            kind, _, sector = _HEADER.unpack(b"".join(_views(memory, header)))
+        outgoing = chain.readable_ranges
         incoming = chain.writable_ranges
-        if incoming and incoming[-1][1] == 1:
-            status_byte, incoming = incoming[-1][0], incoming[:-1]
-            room = _size(incoming)
+        # The usual frame, in which the header and the status have a descriptor each, and any other (2.7.4.1).
+        if outgoing and outgoing[0][1] == _HEADER.size and incoming and incoming[-1][1] == 1:
+            kind, _, sector = _HEADER.unpack_from(memory, outgoing[0][0])
+            outgoing = outgoing[1:]
+            status_byte = incoming[-1][0]
+            incoming = incoming[:-1]
         else:
-            room = _size(incoming) - 1
-            if room < 0:
-                raise DeviceProtocolError("5.2.6", "a request with no room for the status")
-            incoming, tail = _split(incoming, room)
-            status_byte = next(offset for offset, length in tail if length)
+            kind, sector, outgoing = _cut_header(memory, outgoing)
+            status_byte, incoming = _cut_status(incoming)
 
         filled = 0
+        room = _size(incoming)
+        status = S_OK
         try:
-            filled = self._perform(kind, sector, _views(memory, outgoing), _views(memory, incoming))
-            status = Status.OK
+            if (fill := self._fills.get(kind)) is not None:
+                filled = fill(sector, _views(memory, incoming), room)
+            elif (take := self._takes.get(kind)) is not None:
+                take(sector, _views(memory, outgoing), _size(outgoing))
+            else:
+                status = S_UNSUPP
         except _Refused as refusal:
             status = refusal.status
         except OSError as error:
             self._failures.note(kind, sector, error)
-            status = Status.IOERR
+            status = S_IOERR
         if filled < room:
             _clear(_views(memory, _split(incoming, filled)[1]))
         memory[status_byte] = status
         return room + 1
 
-    def _perform(self, kind: int, sector: int, outgoing: list[memoryview], incoming: list[memoryview]) -> int:
-        """Does what a request asks for; how many bytes of ``incoming`` are filled."""
-        match kind:
-            case RequestType.IN:
-                return self._in(sector * SECTOR, incoming)
-            case RequestType.OUT:
-                self._out(sector * SECTOR, outgoing)
-            case RequestType.FLUSH:
-                self._flush()
-            case RequestType.GET_ID:
-                return self._get_id(incoming)
-            case RequestType.DISCARD:
-                self._discard(outgoing)
-            case RequestType.WRITE_ZEROES:
-                self._write_zeroes(outgoing)
-            case _:
-                raise _Refused(Status.UNSUPP)
-        return 0
-
-    def _in(self, position: int, views: list[memoryview]) -> int:
-        size = vectors.total(views)
-        self._check(position, size)
-        if not size:
-            return 0
+    def _in(self, sector: int, views: list[memoryview], size: int) -> int:
+        position = self._position(sector, size)
         # Whoever waits for an earlier request need not wait for the disk as well.
         flags = self._nowait if self._queue.unpublished else 0
-        done = 0
-        while True:
+        left = size
+        while left:
             try:
-                count = os.preadv(self._file, views[: vectors.IOV_MAX], position + done, flags)
+                count = os.preadv(self._file, views[: vectors.IOV_MAX], position, flags)
             except OSError as error:
                 if not flags or error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
                     raise
                 if error.errno == errno.EOPNOTSUPP:
                     self._nowait = 0
-                self._queue.flush()
-                flags = 0
-                continue
-            done += count
-            if done == size:
-                return size
-            if flags:
-                self._queue.flush()
-                flags = 0
-            elif not count:
-                raise OSError(errno.EIO, "the image is shorter than it was")
-            views = vectors.advance(views, count)
+                count = 0
+            else:
+                if not count and not flags:
+                    raise OSError(errno.EIO, "the image is shorter than it was")
+            left -= count
+            if left:
+                position += count
+                views = vectors.advance(views, count)
+                if flags:
+                    self._queue.flush()
+                    flags = 0
+        return size
 
-    def _out(self, position: int, views: list[memoryview]) -> None:
-        size = vectors.total(views)
+    def _out(self, sector: int, views: list[memoryview], size: int) -> None:
         if self._disk.read_only:
-            raise _Refused(Status.IOERR)  # 5.2.6.2
-        self._check(position, size)
-        while size:
+            raise _Refused(S_IOERR)  # 5.2.6.2
+        position = self._position(sector, size)
+        left = size
+        while left:
             count = os.pwritev(self._file, views[: vectors.IOV_MAX], position, self._write_flags)
-            size -= count
-            position += count
-            if size:
+            left -= count
+            if left:
+                position += count
                 views = vectors.advance(views, count)
 
-    def _check(self, position: int, size: int) -> None:
-        """5.2.6.1: whole sectors, none beyond the capacity."""
+    def _position(self, sector: int, size: int) -> int:
+        """Where ``size`` bytes from ``sector`` on begin in the image (5.2.6.1: whole sectors, none past the end)."""
+        position = sector * SECTOR
         if size % SECTOR or position + size > self._bytes:
-            raise _Refused(Status.IOERR)
+            raise _Refused(S_IOERR)
+        return position
 
-    def _flush(self) -> None:
+    def _flush(self, sector: int, views: list[memoryview], size: int) -> None:
+        del sector, views, size
         self._queue.flush()
         os.fdatasync(self._file)
 
-    def _get_id(self, views: list[memoryview]) -> int:
+    def _get_id(self, sector: int, views: list[memoryview], size: int) -> int:
         """The ID, as much of it as there is room for."""
+        del sector, size
         identity = self._disk.serial.ljust(ID_LENGTH, b"\0")
         done = 0
         for view in views:
@@ -308,17 +296,19 @@ class _Server:
             done += len(part)
         return done
 
-    def _discard(self, views: list[memoryview]) -> None:
+    def _discard(self, sector: int, views: list[memoryview], size: int) -> None:
+        del sector
         self._need(BlockFeature.DISCARD)
-        for position, length, _ in self._ranges(views, MAX_DISCARD_SEG, MAX_DISCARD_SECTORS, known_flags=0):
+        for position, length, _ in self._ranges(views, size, MAX_DISCARD_SEG, MAX_DISCARD_SECTORS, known_flags=0):
             # A discard is a hint (5.2.6.2: "MAY deallocate"), so a file system that has no holes is no error.
             self._try_fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, position, length)
         self._write_through()
 
-    def _write_zeroes(self, views: list[memoryview]) -> None:
+    def _write_zeroes(self, sector: int, views: list[memoryview], size: int) -> None:
+        del sector
         self._need(BlockFeature.WRITE_ZEROES)
         for position, length, flags in self._ranges(
-            views, MAX_WRITE_ZEROES_SEG, MAX_WRITE_ZEROES_SECTORS, known_flags=UNMAP
+            views, size, MAX_WRITE_ZEROES_SEG, MAX_WRITE_ZEROES_SECTORS, known_flags=UNMAP
         ):
             mode = FALLOC_FL_PUNCH_HOLE if flags & UNMAP else FALLOC_FL_ZERO_RANGE
             if not self._try_fallocate(mode | FALLOC_FL_KEEP_SIZE, position, length):
@@ -334,26 +324,27 @@ class _Server:
     def _need(self, feature: BlockFeature) -> None:
         """What was not negotiated is not known; a read-only disk offers neither of the two features."""
         if not self._queue.features & feature:
-            raise _Refused(Status.UNSUPP)
+            raise _Refused(S_UNSUPP)
         self._queue.flush()
 
-    def _ranges(self, views: list[memoryview], most: int, longest: int, known_flags: int) -> list[tuple[int, int, int]]:
+    def _ranges(
+        self, views: list[memoryview], size: int, most: int, longest: int, known_flags: int
+    ) -> list[tuple[int, int, int]]:
         """The (position, length, flags) of a discard or write-zeroes request, every one of them checked.
 
         ``most`` ranges of up to ``longest`` sectors (5.2.4).
         """
-        size = vectors.total(views)
         if size % _RANGE.size or not 0 < size <= most * _RANGE.size:
-            raise _Refused(Status.IOERR)
+            raise _Refused(S_IOERR)
         ranges = []
         for sector, sectors, flags in _RANGE.iter_unpack(b"".join(views)):
             if flags & ~known_flags:
-                raise _Refused(Status.UNSUPP)  # 5.2.6.2
+                raise _Refused(S_UNSUPP)  # 5.2.6.2
             if sectors > longest:
-                raise _Refused(Status.IOERR)
-            self._check(sector * SECTOR, sectors * SECTOR)
+                raise _Refused(S_IOERR)
+            position = self._position(sector, sectors * SECTOR)
             if sectors:
-                ranges.append((sector * SECTOR, sectors * SECTOR, flags))
+                ranges.append((position, sectors * SECTOR, flags))
         return ranges
 
     def _try_fallocate(self, mode: int, position: int, length: int) -> bool:
@@ -374,8 +365,8 @@ class _Server:
 class _Refused(Exception):
     """A request that is answered with ``status``, and that is all."""
 
-    def __init__(self, status: Status) -> None:
-        super().__init__(status.name)
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
         self.status = status
 
 
@@ -444,7 +435,22 @@ def _serial(path: Path) -> bytes:
     return f"{name[: ID_LENGTH - 9]}-{checksum:08x}".encode("ascii")
 
 
-Ranges = Sequence[tuple[int, int]]
+def _cut_header(memory: memoryview, readable: Ranges) -> tuple[int, int, Ranges]:
+    """A request's type and sector, and what follows its header."""
+    header, rest = _split(readable, _HEADER.size)
+    if _size(header) < _HEADER.size:
+        raise DeviceProtocolError("5.2.6", f"a request with a header of {_size(header)} bytes")
+    kind, _, sector = _HEADER.unpack(b"".join(_views(memory, header)))
+    return kind, sector, rest
+
+
+def _cut_status(writable: Ranges) -> tuple[int, Ranges]:
+    """The offset of a request's status byte, and what precedes it."""
+    room = _size(writable) - 1
+    if room < 0:
+        raise DeviceProtocolError("5.2.6", "a request with no room for the status")
+    rest, status = _split(writable, room)
+    return next(offset for offset, length in status if length), rest
 
 
 def _views(memory: memoryview, ranges: Ranges) -> list[memoryview]:
@@ -455,9 +461,9 @@ def _size(ranges: Ranges) -> int:
     return sum([length for _, length in ranges])
 
 
-def _split(ranges: Ranges, count: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def _split(ranges: Ranges, count: int) -> tuple[Ranges, Ranges]:
     """``ranges`` cut in two after ``count`` bytes."""
-    head: list[tuple[int, int]] = []
+    head: Ranges = []
     for index, (offset, length) in enumerate(ranges):
         if count < length:
             if count:

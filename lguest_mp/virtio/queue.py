@@ -47,9 +47,11 @@ times); one process with one thread serves a queue at a time; the rings do not m
 
 from __future__ import annotations
 
+import functools
 import os
 import select
 import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lguest_mp.errors import DeviceProtocolError, GuestAddressError
@@ -78,6 +80,9 @@ MAX_CHAIN_BYTES = 1 << 32
 BATCH = 16
 #: Where the fence does not reach the guest: how long to sleep, in milliseconds, before looking again, each time.
 RECHECKS = (1, 20)
+
+#: How many shapes of indirect tables are remembered; a driver has few.
+CACHED = 64
 
 #: One descriptor: address, length, flags, next.
 _read_descriptor = struct.Struct("<QIHH").unpack_from
@@ -149,6 +154,7 @@ class Queue:
         self._watch = watch
         self._fence = fence or fences.strongest()
         self._event_idx = bool(features & Feature.RING_EVENT_IDX)
+        self._indirect = bool(features & Feature.RING_INDIRECT_DESC)
 
         self._descriptors = _place(memory, "descriptor table", layout.descriptor_table, 16 * size, 16)
         available = _place(memory, "available ring", layout.available_ring, 6 + 2 * size, 2)
@@ -171,6 +177,9 @@ class Queue:
         #: Used ring entries that are not published yet, and what was written for them (with a watch only).
         self._completed: list[int] = []
         self._written: list[tuple[int, int]] = []
+        # Caches: how to copy a table of so many descriptors, and what the shapes of such tables mean.
+        self._table = functools.lru_cache(CACHED)(_table_reader)
+        self._straight = functools.lru_cache(CACHED)(_readable_in_straight_table)
         self._suppress_notifications()
 
     def wait(self) -> Chain:
@@ -277,58 +286,101 @@ class Queue:
         poll.register(self._kick, select.POLLIN)
         return not any(poll.poll(timeout) or self._available[1] != index for timeout in RECHECKS)
 
-    def _chain(self, head: int) -> Chain:
+    def _chain(self, head: int) -> Chain:  # noqa: PLR0912 -- a branch for each rule
         """Walks a descriptor chain: every descriptor is copied once, and the copy checked."""
         size = self.size
         if head >= size:
             raise DeviceProtocolError("2.7.6", f"the available ring names descriptor {head} of {size}")
         view = self._view
         locate = self._memory.offset
+        table, entries, indirect = self._descriptors, size, False
+        address, length, flags, following = _read_descriptor(view, table + 16 * head)
+        if flags == DESC_F_INDIRECT and (chain := self._straight_chain(head, address, length)):
+            return chain
         readable: list[tuple[int, int]] = []
         writable: list[tuple[int, int]] = []
-        table, entries, indirect = self._descriptors, size, False
-        index = head
         left = size
         total = 0
         while True:
-            address, length, flags, following = _read_descriptor(view, table + 16 * index)
             if flags & DESC_F_INDIRECT:
                 if indirect:
                     raise DeviceProtocolError("2.7.5.3.1", "an indirect descriptor in an indirect table")
                 table, entries = self._indirect_table(address, length, flags)
                 index, indirect = 0, True
-                continue
-            if not left:
-                raise DeviceProtocolError("2.7.5.3.1", f"a chain of more descriptors than the queue's {size}")
-            left -= 1
-            total += length
-            if flags & DESC_F_WRITE:
-                writable.append((locate(address, length), length))
-            elif writable:
-                raise DeviceProtocolError("2.7.4.2", "a device-readable descriptor after a device-writable one")
             else:
-                readable.append((locate(address, length), length))
-            if not flags & DESC_F_NEXT:
-                break
-            index = following
-            if index >= entries:
-                raise DeviceProtocolError("2.7.5", f"a descriptor continues at {index} of {entries}")
+                if not left:
+                    raise DeviceProtocolError("2.7.5.3.1", f"a chain of more descriptors than the queue's {size}")
+                left -= 1
+                total += length
+                if flags & DESC_F_WRITE:
+                    writable.append((locate(address, length), length))
+                elif writable:
+                    raise DeviceProtocolError("2.7.4.2", "a device-readable descriptor after a device-writable one")
+                else:
+                    readable.append((locate(address, length), length))
+                if not flags & DESC_F_NEXT:
+                    break
+                index = following
+                if index >= entries:
+                    raise DeviceProtocolError("2.7.5", f"a descriptor continues at {index} of {entries}")
+            address, length, flags, following = _read_descriptor(view, table + 16 * index)
         if total > MAX_CHAIN_BYTES:
             raise DeviceProtocolError("2.7.5.2", f"a chain of {total} bytes")
         return Chain(view, head, readable, writable)
+
+    def _straight_chain(self, head: int, address: int, length: int) -> Chain | None:
+        """The chain in an indirect table as Linux lays it out, one descriptor after the other; None for any other.
+
+        This is the walk of :meth:`_chain` with the loops in C: one copy of the table, and of its flags and nexts only
+        one look, whether they are the same as in some table before. Whoever gets None walks, and copies anew.
+        """
+        entries = length // 16
+        if length % 16 or not 0 < entries <= self.size or not self._indirect:
+            return None
+        table = self._table(entries)(self._view, self._memory.offset(address, length))
+        readable = self._straight(table[2::3])
+        if readable is None:
+            return None
+        lengths = table[1::3]
+        if sum(lengths) > MAX_CHAIN_BYTES:
+            return None
+        locate = self._memory.offset
+        ranges = [(locate(address, length), length) for address, length in zip(table[0::3], lengths)]  # noqa: B905
+        return Chain(self._view, head, ranges[:readable], ranges[readable:])
 
     def _indirect_table(self, address: int, length: int, flags: int) -> tuple[int, int]:
         """Where the table that an indirect descriptor names is, and how many descriptors it has.
 
         The descriptor's own WRITE flag means nothing (2.7.5.3.2).
         """
-        if not self.features & Feature.RING_INDIRECT_DESC:
+        if not self._indirect:
             raise DeviceProtocolError("2.7.5.3.1", "an indirect descriptor without VIRTIO_F_INDIRECT_DESC")
         if flags & DESC_F_NEXT:
             raise DeviceProtocolError("2.7.5.3.1", "an indirect descriptor that continues")
         if not length or length % 16:
             raise DeviceProtocolError("2.7.5.3", f"an indirect table of {length} bytes")
         return self._memory.offset(address, length), length // 16
+
+
+def _table_reader(entries: int) -> Callable[[memoryview, int], tuple[int, ...]]:
+    """Copies ``entries`` descriptors at once: address, length, flags with next in the upper half; each in turn."""
+    return struct.Struct("<" + "QII" * entries).unpack_from
+
+
+def _readable_in_straight_table(shape: tuple[int, ...]) -> int | None:
+    """How many descriptors of an indirect table are device-readable, from its flags and nexts.
+
+    None if it is more than one descriptor after the other, first readable and then writable ones.
+    """
+    last = len(shape) - 1
+    flags = [entry & (DESC_F_NEXT | DESC_F_WRITE | DESC_F_INDIRECT) for entry in shape]
+    readable = sum(not flag & DESC_F_WRITE for flag in flags)
+    expected = [DESC_F_NEXT if index < readable else DESC_F_NEXT | DESC_F_WRITE for index in range(last)]
+    if flags[:last] != expected or flags[last] != (DESC_F_WRITE if readable <= last else 0):
+        return None
+    if any(entry >> 16 != index + 1 for index, entry in enumerate(shape[:last])):
+        return None
+    return readable
 
 
 def _place(memory: GuestMemory, what: str, address: int, length: int, alignment: int) -> int:
