@@ -19,8 +19,10 @@ import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeAlias
 
+#: What termios.tcgetattr gives, and where in it.
+_Attributes: TypeAlias = list[Any]
 _IFLAG, _LFLAG, _CC = 0, 3, 6
 
 
@@ -29,7 +31,10 @@ class Terminal:
 
     def __init__(self, fd: int = 0) -> None:
         self._fd = fd
-        self._original: list[int | list[bytes | int]] | None = None
+        self._original: _Attributes | None = None
+        self._raw: _Attributes | None = None
+        #: Whether it is a terminal that is another job's at the moment; :meth:`take` it later.
+        self.is_elsewhere = False
 
     def __enter__(self) -> Self:
         self.take()
@@ -41,34 +46,40 @@ class Terminal:
         self.restore()
 
     def take(self) -> None:
-        """Makes it raw, if it is a terminal and in our foreground, and not raw through us already."""
-        if self._original is not None or not self._is_ours():
+        """Makes it raw, if it is a terminal and ours.
+
+        Also when it was raw through us before: a shell that had it meanwhile (we were stopped) has changed it.
+        """
+        if not os.isatty(self._fd):
             return
-        original = termios.tcgetattr(self._fd)
+        self.is_elsewhere = not self._is_ours()
+        if self.is_elsewhere:
+            return
         raw = termios.tcgetattr(self._fd)
+        if raw == self._raw:
+            return
+        self._original = termios.tcgetattr(self._fd)
         raw[_IFLAG] &= ~(termios.BRKINT | termios.ISTRIP | termios.INLCR | termios.IGNCR | termios.ICRNL | termios.IXON)
         raw[_LFLAG] &= ~(termios.ISIG | termios.ICANON | termios.ECHO | termios.IEXTEN)
         characters = raw[_CC]
         characters[termios.VMIN] = 1
         characters[termios.VTIME] = 0
-        self._original = original
         self._set(raw)
+        self._raw = termios.tcgetattr(self._fd)
 
     def restore(self) -> None:
-        """Gives it back as it was; does nothing if it was not taken."""
-        if self._original is not None:
-            original, self._original = self._original, None
+        """Gives it back as it was; does nothing if it was not taken, or is somebody else's by now."""
+        original, self._original, self._raw = self._original, None, None
+        if original is not None and self._is_ours():
             self._set(original)
 
     def _is_ours(self) -> bool:
-        if not os.isatty(self._fd):
-            return False
         try:
             return os.tcgetpgrp(self._fd) == os.getpgrp()
         except OSError:
             return True  # not our controlling terminal: it has no foreground that concerns us
 
-    def _set(self, attributes: list[int | list[bytes | int]]) -> None:
+    def _set(self, attributes: _Attributes) -> None:
         """Sets without waiting for output, which may be held for ever, and without being stopped for it."""
         with _blocked(signal.SIGTTOU):
             try:

@@ -4,8 +4,9 @@ One chapter each, in the order in which a guest lives through them:
 
 - ``parts``: which machine, kernel loader and devices a guest is made of;
 - ``resources``: everything that can fail, opened and checked before anything is forked;
-- ``signals``, ``children``: what the host tells us, and whom we start;
-- ``guest``: the life of one guest, from its first instruction to its end, as an explicit state machine;
+- ``signals``, ``children``, ``loop``: what the host tells us, whom we start, and waiting for either;
+- ``guest``: the life of one guest, from forking its machine process to its end;
+- ``devices``: the lives of its devices and of their workers, as its drivers decide them;
 - ``ending``: the ways in which it ends, with the line and the exit status of each;
 - ``reboot``: starting afresh, by exec or in place;
 - ``processes``: what psutil sees of all this;

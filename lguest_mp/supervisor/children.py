@@ -36,6 +36,11 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signum)
 
+    def end(self) -> None:
+        """Tells it to end, also when it is stopped and does not hear."""
+        self.signal(signal.SIGTERM)
+        self.signal(signal.SIGCONT)
+
     def has_ended(self, timeout: float = 0) -> bool:
         """Whether it ends within ``timeout`` seconds."""
         poller = select.poll()
@@ -130,8 +135,7 @@ def end_all(children: Sequence[Child], grace: float) -> None:
     """Ends the children, those that do not hear within ``grace`` seconds by force, and reaps them."""
     deadline = time.monotonic() + grace
     for child in children:
-        child.signal(signal.SIGTERM)
-        child.signal(signal.SIGCONT)  # one that is stopped does not hear
+        child.end()
     for child in children:
         if not child.has_ended(deadline - time.monotonic()):
             child.signal(signal.SIGKILL)

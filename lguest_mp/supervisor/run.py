@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lguest_mp.config import GuestConfig
     from lguest_mp.supervisor.ending import Ending
     from lguest_mp.supervisor.parts import Parts
+    from lguest_mp.virtio.device import Device
 
 
 def run(config: GuestConfig, parts: Parts, grace: float = GRACE) -> Ending:
@@ -26,10 +27,18 @@ def run(config: GuestConfig, parts: Parts, grace: float = GRACE) -> Ending:
     naming = Naming(config.name)
     with closing(open_all(config, parts)) as resources, Signals() as signals, Terminal() as screen:
         while True:
-            if config.verbose and reboots:
-                say(f"reboot {reboots}")
+            if config.verbose:
+                _describe(config, resources.devices, reboots)
             ending = Guest(resources, naming, signals, screen, grace).run()
             if not isinstance(ending, Rebooting) or not resources.reboots_in_place:
                 return ending
             resources.reset()
             reboots += 1
+
+
+def _describe(config: GuestConfig, devices: list[Device], reboots: int) -> None:
+    say(f"guest {config.name}: {config.memory >> 20} MiB of memory, kernel {config.kernel}, reboots: {reboots}")
+    if config.initrd is not None:
+        say(f"initrd {config.initrd}")
+    for index, device in enumerate(devices):
+        say(f"device {index}: {device.name}")
