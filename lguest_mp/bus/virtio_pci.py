@@ -246,6 +246,7 @@ class VirtioPciFunction(PciFunction):
         self._raised = 0
         self.state = DeviceState.RESET
         self._served = False
+        self._complained = False
         self._generation = 0
         self._set_defaults()
         self._add_capabilities()
@@ -456,11 +457,17 @@ class VirtioPciFunction(PciFunction):
     def _agree_on_features(self) -> None:
         """FEATURES_OK stays clear when the driver wants what cannot be (2.2.2, 6.1)."""
         if self._driver_features & ~self._offered:
-            self._control.log(f"the driver accepted features that were not offered: {self._driver_features:#x}")
+            self._complain(f"the driver accepted features that were not offered: {self._driver_features:#x}")
         elif not self._driver_features & Feature.VERSION_1:
-            self._control.log("the driver is a legacy one, which this device does not support (no VERSION_1)")
+            self._complain("the driver is a legacy one, which this device does not support (no VERSION_1)")
         else:
             self._advance(DeviceState.FEATURES_OK, DeviceStatus.FEATURES_OK)
+
+    def _complain(self, text: str) -> None:
+        """Once: a driver that tries for ever is not worth a line each time."""
+        if not self._complained:
+            self._complained = True
+            self._control.log(text)
 
     def _start(self) -> None:
         self._advance(DeviceState.STARTING, DeviceStatus.DRIVER_OK)

@@ -52,7 +52,8 @@ _TIME_INFO = struct.Struct("<IIQQIbBH")
 _TSC_STABLE = 1
 _ENABLED = 1
 
-#: The least time between the two pairs of which a frequency is made, nanoseconds.
+#: The time between the two pairs of which a rate is made, nanoseconds: wanted, and the least while there is no better.
+_BASELINE = 1 * _NS
 _SHORTEST_BASELINE = 5_000_000
 #: Publishing: the first interval, the longest one, and how far off is no longer slewed, nanoseconds.
 _FIRST_INTERVAL = 1 * _NS
@@ -61,6 +62,7 @@ _TOO_FAR = _NS // 2
 _FASTEST_SLEW = 1e-3
 #: A frequency that changed by more than this did not: the counter was set, or the host was suspended.
 _IMPLAUSIBLE = 1e-2
+_NEVER = 1 << 63
 
 #: rdtsc; shl $32, %rdx; or %rdx, %rax; ret
 _RDTSC = bytes.fromhex("0f31 48c1e220 4809d0 c3")
@@ -119,15 +121,17 @@ _RATE_BITS = 48
 
 
 class HostClock:
-    """Which value of the time stamp counter is what time of CLOCK_MONOTONIC."""
+    """Which value of the time stamp counter is what time of CLOCK_MONOTONIC. On the CPU's thread only."""
 
     def __init__(self, counter: Counter, wait: Callable[[float], None] = time.sleep) -> None:
         self._counter = counter
         self._wait = wait
-        self._first = self._last = counter.sample()
-        #: A point of the line, and nanoseconds per count with _RATE_BITS of fraction; one tuple, so that another
-        #: thread sees either line and never half of each.
+        #: Where the next baseline begins.
+        self._since = counter.sample()
+        #: A point of the line, and nanoseconds per count with _RATE_BITS of fraction.
         self._line: tuple[int, int, int] | None = None
+        #: Whether the rate comes from a long enough baseline to be kept until there is another one.
+        self._settled = False
 
     @property
     def rate(self) -> float:
@@ -147,26 +151,33 @@ class HostClock:
     def refine(self) -> Sample:
         """Takes a pair and draws the line through it; gives it back."""
         sample = self._counter.sample()
-        since = self._last
-        if sample.ns - since.ns < _NS:
-            # The longer the better, until the host's own corrections count.
-            since = self._first
-        if sample.ns - since.ns < _SHORTEST_BASELINE:
-            self._wait((_SHORTEST_BASELINE - (sample.ns - since.ns)) / _NS)
+        baseline = sample.ns - self._since.ns
+        if baseline < _SHORTEST_BASELINE and not self._settled:
+            self._wait((_SHORTEST_BASELINE - baseline) / _NS)
             sample = self._counter.sample()
-        if sample.tsc <= since.tsc or sample.ns <= since.ns:
+        if sample.tsc <= self._since.tsc or sample.ns <= self._since.ns:
             # The counter was set back: begin again from here.
-            self._first = self._last = sample
+            self._since = sample
+            self._settled = False
             return self.refine()
-        rate = ((sample.ns - since.ns) << _RATE_BITS) // (sample.tsc - since.tsc)
-        if self._line is not None and abs(rate / self._line[2] - 1) > _IMPLAUSIBLE:
-            # The counter or the clock stood still in between: only the line's place has changed.
-            rate = self._line[2]
-            self._first = sample
-        if sample.ns - self._last.ns >= _NS:
-            self._last = sample
-        self._line = (sample.tsc, sample.ns, rate)
+        self._line = (sample.tsc, sample.ns, self._measure(sample))
         return sample
+
+    def _measure(self, sample: Sample) -> int:
+        """The rate of now, as good as it is known."""
+        since = self._since
+        baseline = sample.ns - since.ns
+        old = self._line
+        if old is not None and self._settled and baseline < _BASELINE:
+            return old[2]
+        rate = (baseline << _RATE_BITS) // (sample.tsc - since.tsc)
+        if baseline >= _BASELINE:
+            self._since = sample
+            self._settled = True
+        if old is not None and abs(rate / old[2] - 1) > _IMPLAUSIBLE:
+            # The counter or the clock stood still in between: only the line's place has changed.
+            return old[2]
+        return rate
 
     def _known_line(self) -> tuple[int, int, int]:
         if self._line is None:
@@ -207,21 +218,28 @@ class Line:
 
 
 class GuestClock:
-    """KVM's paravirtual clock of one CPU. On the CPU's thread only."""
+    """KVM's paravirtual clock of one CPU. On the CPU's thread, but for :meth:`is_due`."""
 
-    def __init__(self, memory: GuestMemory, host: HostClock, realtime_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        host: HostClock,
+        realtime_ns: Callable[[], int] = time.time_ns,
+        monotonic_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
         self._memory = memory
         self._host = host
         self._realtime_ns = realtime_ns
+        self._now = monotonic_ns
         self._system_time_msr = 0
         self._wall_clock_msr = 0
         self._version = 0
         #: CLOCK_MONOTONIC when the guest's clock said zero.
         self._origin: int | None = None
         self._line: Line | None = None
+        self._published = 0
         self._interval = _FIRST_INTERVAL
-        #: When publish() is worth calling again, CLOCK_MONOTONIC in nanoseconds.
-        self.due = 1 << 63
+        self._due = self._now() + _FIRST_INTERVAL
 
     def read_msr(self, index: int) -> int:
         """The MSR as the guest wrote it."""
@@ -232,8 +250,6 @@ class GuestClock:
         self._system_time_msr = value
         if value & _ENABLED:
             self.publish()
-        else:
-            self.due = 1 << 63
 
     def write_wall_clock(self, value: int) -> None:
         """MSR_KVM_WALL_CLOCK_NEW: where the time of day at the guest's zero is to be written, once."""
@@ -243,14 +259,21 @@ class GuestClock:
         boot = self._realtime_ns() - line.at(sample.tsc)
         self._write(value, _WALL_CLOCK, 2, *divmod(max(boot, 0), _NS))
 
+    def is_due(self) -> bool:
+        """Whether publish() should be called; True once for each time. From the events' thread."""
+        if self._now() < self._due:
+            return False
+        self._due = _NEVER
+        return True
+
     def publish(self) -> None:
-        """Writes the line for now into guest memory, if the guest asked for it."""
-        if not self._system_time_msr & _ENABLED:
-            return
+        """Draws the line for now, and writes it into guest memory if the guest asked for it."""
         sample = self._host.refine()
         line = self._draw(sample)
-        self.due = sample.ns + self._interval
+        self._due = sample.ns + self._interval
         self._interval = min(self._interval * 2, _LONGEST_INTERVAL)
+        if not self._system_time_msr & _ENABLED:
+            return
         # The guest's CPU stands still here, so an even version that differs from the last one is all it can see.
         self._version = self._version + 2 & 0xFFFF_FFFF
         address = self._system_time_msr & ~_ENABLED
@@ -276,8 +299,10 @@ class GuestClock:
             elif behind < -_TOO_FAR:
                 self._origin += behind
             else:
-                slew = behind / self._interval
+                # Intervals are longer than planned when the guest sleeps.
+                slew = behind / max(self._interval, sample.ns - self._published)
                 rate *= 1 + min(max(slew, -_FASTEST_SLEW), _FASTEST_SLEW)
+        self._published = sample.ns
         self._line = Line(sample.tsc, now, *scale(rate))
         return self._line
 
@@ -286,4 +311,4 @@ class GuestClock:
         try:
             self._memory.write(address, layout.pack(*values))
         except GuestAddressError:
-            self.due = 1 << 63
+            return

@@ -94,6 +94,10 @@ _BASE_ENABLED = 1 << 11
 _BASE_BSP = 1 << 8
 _BASE_ADDRESS = 0xF_FFFF_F000
 
+#: A message's data: trigger mode, and whether a level begins or ends (SDM 3A, 11.11.2).
+_MSI_LEVEL = 1 << 15
+_MSI_ASSERT = 1 << 14
+
 #: Fixed and lowest priority: the delivery modes that carry a vector to this CPU (table 11-18).
 _VECTORED_MODES = frozenset({0, 1})
 
@@ -177,16 +181,16 @@ class LocalApic:
         """A message-signalled interrupt (SDM 3A, 11.11); whether this CPU accepted it. The lock is held.
 
         ``address`` and ``data`` are as a device writes them. An address outside of 0xfeexxxxx would be a write to
-        memory; it is dropped.
+        memory; it is dropped, and so is the message that a level has ended.
         """
-        if address >> 20 != 0xFEE:
+        if address >> 20 != 0xFEE or data & (_MSI_LEVEL | _MSI_ASSERT) == _MSI_LEVEL:
             return False
         return self.deliver(
             destination=address >> 12 & 0xFF,
             logical=bool(address & 4),
             mode=data >> 8 & 7,
             vector=data & 0xFF,
-            level=bool(data & 0x8000),
+            level=bool(data & _MSI_LEVEL),
         )
 
     def deliver(self, *, destination: int, logical: bool, mode: int, vector: int, level: bool) -> bool:
@@ -234,8 +238,10 @@ class LocalApic:
         return self._tpr if self._tpr >> 4 >= in_service >> 4 else in_service & 0xF0
 
     def _update(self) -> None:
+        was_pending = self.pending
         self.pending = self._irr != 0 and (self._irr.bit_length() - 1) >> 4 > self._priority() >> 4
-        if self.pending:
+        if self.pending and not was_pending:
+            # Once is enough: the CPU looks until it has taken it.
             self._kick()
 
     # What the CPU does

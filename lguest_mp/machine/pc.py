@@ -22,7 +22,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -322,7 +321,7 @@ class Pc:
 
     def _on_timer(self) -> None:
         self._local_apic.timer_expired()
-        if self._guest_clock.due <= time.monotonic_ns() and self._engine is not None:
+        if self._engine is not None and self._guest_clock.is_due():
             self._engine.call(self._guest_clock.publish)
 
     def _on_events(self) -> None:
@@ -375,6 +374,7 @@ class Pc:
         self._engine = engine
         self._local_apic.connect(engine.kick, self._io_apic.end_of_interrupt)
         engine.enter(entry)
+        switch_interval = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_INTERVAL)
         # Reading a terminal whose foreground is somebody else's is an error then, and does not stop this process.
         before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTTIN, signal.SIGTTOU)}
@@ -389,6 +389,7 @@ class Pc:
             pass
         finally:
             self._loop.stop()
+            sys.setswitchinterval(switch_interval)
             for number, handler in before.items():
                 signal.signal(number, handler)
 
