@@ -77,6 +77,8 @@ _REPLACED = {
     "tb_invalidate_phys_page_fast_x86_64": "page_written",
     "tlb_set_dirty_x86_64": "set_dirty",
     "tlb_reset_dirty_by_vaddr_x86_64": "nothing",
+    "x86_cpu_tlb_fill_x86_64": "fill",
+    "tlb_set_page_with_attrs_x86_64": "set_page",
 }
 #: Slot of native.S's table -> function of the library that it calls.
 _CALLED = {
@@ -94,6 +96,8 @@ _CALLED = {
     "tlb_reset_dirty": "tlb_reset_dirty_x86_64",
     "invalidate_fast": "tb_invalidate_phys_page_fast_x86_64",
     "original_set_dirty": "tlb_set_dirty_x86_64",
+    "original_fill": "x86_cpu_tlb_fill_x86_64",
+    "original_set_page": "tlb_set_page_with_attrs_x86_64",
 }
 
 _libc = ctypes.CDLL(None, use_errno=True)

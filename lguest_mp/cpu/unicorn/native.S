@@ -51,6 +51,9 @@
         .set CC_MASK, 0x8d5
         .set EXCP06_ILLOP, 6
 
+        .set MMU_INST_FETCH, 2
+        .set PAGE_WRITE, 2
+        .set PAGE_EXEC, 4
         .set PAGE_SHIFT, 12
         .set table, start + 4096
 
@@ -87,6 +90,9 @@
         slot last_write, 26             /* ram address of the last store that took the slow path */
         slot jobs_wanted, 27            /* not 0: run python_jobs between two blocks */
         slot value, 28                  /* what python_rdmsr read */
+        slot original_fill, 29          /* x86_cpu_tlb_fill(cs, vaddr, size, access, mmu_idx, probe, retaddr) */
+        slot original_set_page, 30      /* tlb_set_page_with_attrs(cs, vaddr, paddr, attrs, prot, mmu_idx, size) */
+        slot access, 31                 /* MMUAccessType of the TLB miss that is being handled */
 
 start:
 
@@ -329,6 +335,24 @@ set_dirty:
         jne     2f
 1:      jmp     [rip + original_set_dirty]
 2:      ret
+
+/* bool fill(cs, vaddr, size, access, …), in place of x86_cpu_tlb_fill: note what for. */
+        .globl fill
+fill:
+        mov     [rip + access], ecx
+        jmp     [rip + original_fill]
+
+/* void set_page(cs, vaddr, paddr, attrs, prot, …), in place of tlb_set_page_with_attrs. The library keeps all stores
+   to a page slow while its TLB entry can execute, whether there is code or not; and a kernel that boots maps its data
+   executable: 22 million slow stores. So an entry made for data can only execute if it cannot store. */
+        .globl set_page
+set_page:
+        cmp     dword ptr [rip + access], MMU_INST_FETCH
+        je      1f
+        test    r8d, PAGE_WRITE
+        jz      1f
+        and     r8d, ~PAGE_EXEC
+1:      jmp     [rip + original_set_page]
 
 /* void nothing(): in place of tlb_reset_dirty_by_vaddr, which walked the whole TLB for every new block; protect_code
    does it once a page. */

@@ -27,7 +27,7 @@ CODE = bytes.fromhex(
     "ff157a0c00005f85c07401c3ff251e0c00004889f048c1e80c483b05880c00007324488b0d770c0000c6040101488b3d"
     "540c00004803355d0c0000ba00100000ff25f20b0000c348c1ee0c483b35560c0000730b488b0d450c0000c6043100c3"
     "488915490c0000ff25d30b0000488b053c0c000048c1e80c483b05290c0000730d488b0d180c0000803c01007506ff25"
-    "b40b0000c3c3"
+    "b40b0000c3890d3d0c0000ff25270c0000833d300c000002740d41f7c00200000074044183e0fbff25130c0000c3"
 )
 
 #: Where each function starts, in bytes.
@@ -49,7 +49,9 @@ ENTRIES = {
     "unprotect_code": 0x467,
     "page_written": 0x480,
     "set_dirty": 0x48d,
-    "nothing": 0x4b5,
+    "fill": 0x4b5,
+    "set_page": 0x4c1,
+    "nothing": 0x4dd,
 }
 
 #: Where each entry of the table lies, in bytes from the table's start; each has eight.
@@ -83,5 +85,8 @@ SLOTS = {
     "last_write": 0xd0,
     "jobs_wanted": 0xd8,
     "value": 0xe0,
+    "original_fill": 0xe8,
+    "original_set_page": 0xf0,
+    "access": 0xf8,
 }
 # fmt: on
