@@ -216,10 +216,10 @@ class Queue:
         self._completed.append(chain.head | min(written, 0xFFFFFFFF) << 32)
         if self._watch is not None:
             for offset, length in chain.writable_ranges:
-                if written <= 0:
-                    break
-                self._written.append((offset, min(length, written)))
-                written -= length
+                part = min(length, written)
+                written -= part
+                if part:
+                    self._written.append((offset, part))
         if len(self._completed) >= BATCH:
             self.flush()
 
@@ -275,16 +275,21 @@ class Queue:
         else:
             self._used[0] = 0
         self._fence.full()
-        if self._available[1] == index and (self._fence.reaches_guest or self._still_idle(index)):
+        if self._available[1] == index and (self._fence.reaches_guest or not self._late_arrival(index)):
             os.read(self._kick, 8)
         if not self._event_idx:
             self._suppress_notifications()
 
-    def _still_idle(self, index: int) -> bool:
-        """Sleeps shortly and looks again, in place of a fence that reaches the guest; False when there is work."""
+    def _late_arrival(self, index: int) -> bool:
+        """Sleeps shortly and looks again, in place of a fence that reaches the guest: whether something came."""
         poll = select.poll()
         poll.register(self._kick, select.POLLIN)
-        return not any(poll.poll(timeout) or self._available[1] != index for timeout in RECHECKS)
+        for timeout in RECHECKS:
+            if poll.poll(timeout):
+                return False  # a notification, which is still to be taken
+            if self._available[1] != index:
+                return True
+        return False
 
     def _chain(self, head: int) -> Chain:  # noqa: PLR0912 -- a branch for each rule
         """Walks a descriptor chain: every descriptor is copied once, and the copy checked."""

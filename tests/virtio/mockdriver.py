@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from lguest_mp.codemap import WriteWatch
@@ -83,7 +84,7 @@ class MockDriver:
         available = table + 16 * size
         used = _align(available + 6 + 2 * size, 4)
         self.layout = QueueLayout(size, table, available, used)
-        self._free_memory = _align(used + 6 + 8 * size, 16)
+        self._free_memory = self._first_free = _align(used + 6 + 8 * size, 16)
         self.kicked = os.eventfd(0, os.EFD_CLOEXEC)
         self.called = os.eventfd(0, os.EFD_CLOEXEC)
         self._free = list(range(size))
@@ -109,34 +110,42 @@ class MockDriver:
             self.memory.write(address, content)
         return address
 
-    def add(self, readable: Sequence[bytes] = (), writable: Sequence[int] = (), *, indirect: bool = False) -> Buffer:
-        """Makes a buffer available: pieces to be read, and lengths of pieces to be written. No kick."""
+    def add(
+        self,
+        readable: Sequence[bytes] = (),
+        writable: Sequence[int] = (),
+        *,
+        indirect: bool = False,
+        direct: int = 0,
+        backwards: bool = False,
+    ) -> Buffer:
+        """Makes a buffer available: pieces to be read, and lengths of pieces to be written. No kick.
+
+        ``indirect`` puts all descriptors but the first ``direct`` into a table of their own, in which they may be
+        chained ``backwards``.
+        """
         read = tuple((self.allocate(len(piece), piece), len(piece)) for piece in readable)
         write = tuple((self.allocate(length), length) for length in writable)
         parts = [Descriptor(*part) for part in read] + [Descriptor(*part, flags=WRITE) for part in write]
         if indirect:
-            address = self.allocate(16 * len(parts), self.table(parts), alignment=16)
-            parts = [Descriptor(address, 16 * len(parts), INDIRECT)]
+            table = self.table(parts[direct:], backwards=backwards)
+            address = self.allocate(len(table), table, alignment=16)
+            parts[direct:] = [Descriptor(address, len(table), INDIRECT)]
         head = self.chain(parts)
         self.make_available(head)
         return Buffer(head, read, write)
 
     @staticmethod
-    def table(parts: Sequence[Descriptor]) -> bytes:
-        """An indirect table: ``parts`` one after the other."""
-        return b"".join(
-            Descriptor(part.address, part.length, part.flags | NEXT, index + 1).pack()
-            if index + 1 < len(parts)
-            else part.pack()
-            for index, part in enumerate(parts)
-        )
+    def table(parts: Sequence[Descriptor], *, backwards: bool = False) -> bytes:
+        """An indirect table of ``parts``, which begins at index 0 and goes on up from there, or down from the end."""
+        indices = [0, *reversed(range(1, len(parts)))] if backwards else list(range(len(parts)))
+        entries = dict(zip(indices, _linked(parts, indices), strict=True))
+        return b"".join(entries[index].pack() for index in range(len(parts)))
 
     def chain(self, parts: Sequence[Descriptor]) -> int:
         """Chains ``parts`` in the descriptor table, wherever it has room: the head."""
         indices = [self._free.pop(0) for _ in parts]
-        for part, index, following in zip(parts, indices, [*indices[1:], None], strict=True):
-            if following is not None:
-                part = Descriptor(part.address, part.length, part.flags | NEXT, following)  # noqa: PLW2901
+        for index, part in zip(indices, _linked(parts, indices), strict=True):
             self.set_descriptor(index, part)
         self._chains[indices[0]] = indices
         return indices[0]
@@ -172,6 +181,10 @@ class MockDriver:
         finally:
             os.set_blocking(self.called, True)
 
+    def forget_buffers(self) -> None:
+        """The memory of all buffers may be used again."""
+        self._free_memory = self._first_free
+
     def content(self, buffer: Buffer) -> bytes:
         """The writable part of a buffer."""
         return b"".join(self.memory.read(address, length) for address, length in buffer.writable)
@@ -192,6 +205,42 @@ class MockDriver:
 
     def set_used_event(self, index: int) -> None:
         self._available_ring[2 + self.size] = index & 0xFFFF
+
+    # What it does at a moment that it cannot choose.
+
+    @staticmethod
+    @contextmanager
+    def on_fence(queue: Queue, action: Callable[[], object]) -> Iterator[None]:
+        """While the device's next fences are executed, the driver does ``action``."""
+        fence = queue._fence
+        full = fence.full
+
+        def during() -> None:
+            full()
+            action()
+
+        fence.full = during
+        try:
+            yield
+        finally:
+            fence.full = full
+
+    @contextmanager
+    def on_read(self, reads: list[int], action: Callable[[], object]) -> Iterator[None]:
+        """When the device takes a notification, the driver does ``action``."""
+        read = os.read
+
+        def during(fd: int, length: int) -> bytes:
+            if fd == self.kicked:
+                reads.append(fd)
+                action()
+            return read(fd, length)
+
+        os.read = during
+        try:
+            yield
+        finally:
+            os.read = read
 
     # What it finds.
 
@@ -225,6 +274,15 @@ class MockDriver:
         except Idle:
             return context
         raise AssertionError("serve() returned")
+
+
+def _linked(parts: Sequence[Descriptor], indices: Sequence[int]) -> list[Descriptor]:
+    """``parts`` with NEXT and next, for when each is at its index."""
+    following = [*indices[1:], None]
+    return [
+        part if index is None else Descriptor(part.address, part.length, part.flags | NEXT, index)
+        for part, index in zip(parts, following, strict=True)
+    ]
 
 
 def _align(address: int, alignment: int) -> int:

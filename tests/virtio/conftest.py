@@ -1,0 +1,50 @@
+"""What the tests of virtio share."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import NoReturn
+
+import pytest
+from mockdriver import MockDriver
+
+DriverFactory = Callable[..., MockDriver]
+
+#: A test that takes so many seconds hangs: a lost notification looks like that.
+HANGS = 120
+
+
+@pytest.fixture(autouse=True)
+def watchdog() -> Iterator[None]:
+    """Fails a test that would wait for ever."""
+
+    def bark(number: int, frame: FrameType | None) -> NoReturn:
+        raise TimeoutError(f"nothing happened for {HANGS} s")
+
+    previous = signal.signal(signal.SIGALRM, bark)
+    signal.alarm(HANGS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.fixture
+def new_driver() -> Iterator[DriverFactory]:
+    """Makes drivers (as MockDriver does), and closes their eventfds after the test."""
+    drivers: list[MockDriver] = []
+
+    def new(*arguments: object, **keywords: object) -> MockDriver:
+        drivers.append(MockDriver(*arguments, **keywords))  # type: ignore[arg-type]
+        return drivers[-1]
+
+    yield new
+    for driver in drivers:
+        driver.close()
+
+
+@pytest.fixture
+def driver(new_driver: DriverFactory) -> MockDriver:
+    """A driver of a queue of 16, with EVENT_IDX and INDIRECT_DESC."""
+    return new_driver()
