@@ -42,15 +42,15 @@ class HostFile:
             os.close(self._fd)
 
     def read(self, offset: int, length: int) -> bytes:
-        """The bytes from ``offset`` on, fewer than ``length`` only at the end of the file."""
+        """``length`` bytes from ``offset`` on; LguestError where the file ends before."""
         parts = []
         while length:
             try:
                 part = os.pread(self._fd, length, offset)
             except OSError as error:
-                raise LguestError(f"cannot read {self.name} at byte {offset}: {error.strerror}") from error
+                raise self._unreadable(offset, error) from error
             if not part:
-                break
+                raise self._shorter()
             parts.append(part)
             offset += len(part)
             length -= len(part)
@@ -62,20 +62,22 @@ class HostFile:
             try:
                 count = os.preadv(self._fd, [buffer], offset)
             except OSError as error:
-                raise LguestError(f"cannot read {self.name} at byte {offset}: {error.strerror}") from error
+                raise self._unreadable(offset, error) from error
             if not count:
-                raise LguestError(f"{self.name} became shorter while it was read; start again")
+                raise self._shorter()
             buffer = buffer[count:]
             offset += count
 
     def chunks(self) -> Iterator[bytes]:
         """The whole file in pieces, as long as it was when it was opened."""
         for offset in range(0, self.size, CHUNK_SIZE):
-            length = min(CHUNK_SIZE, self.size - offset)
-            chunk = self.read(offset, length)
-            if len(chunk) != length:
-                raise LguestError(f"{self.name} became shorter while it was read; start again")
-            yield chunk
+            yield self.read(offset, min(CHUNK_SIZE, self.size - offset))
+
+    def _unreadable(self, offset: int, error: OSError) -> LguestError:
+        return LguestError(f"cannot read {self.name} at byte {offset}: {error.strerror}")
+
+    def _shorter(self) -> LguestError:
+        return LguestError(f"{self.name} became shorter while it was read; start again")
 
 
 def _problem(status: os.stat_result) -> str | None:

@@ -7,6 +7,7 @@ payload nobody here can unpack). All checks are made when it is read; loading on
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -43,24 +44,23 @@ class Kernel:
 
     def load(self, memory: GuestMemory) -> None:
         """Copies the segments into memory that is zeros."""
-        for address, piece in _pieces(self.segments, self.source()):
-            memory.write(address, piece)
+        start = 0
+        end = max((segment.offset + segment.size for segment in self.segments if segment.size), default=0)
+        for chunk in self.source():
+            self._place(memory, chunk, start)
+            start += len(chunk)
+            if start >= end:
+                break
+            del chunk  # the next one takes its memory
 
-
-def _pieces(segments: Iterable[Segment], chunks: Iterable[bytes]) -> Iterator[tuple[int, memoryview]]:
-    """What of a stream goes where, without its longer runs of zeros; ends with the last byte that is needed."""
-    start = 0
-    needed = max((segment.offset + segment.size for segment in segments if segment.size), default=0)
-    for chunk in chunks:
+    def _place(self, memory: GuestMemory, chunk: bytes, start: int) -> None:
+        """Copies what of a chunk belongs to a segment, without its longer runs of zeros; it begins at ``start``."""
         view = memoryview(chunk)
-        for segment in segments:
+        for segment in self.segments:
             first = max(segment.offset - start, 0)
             last = min(segment.offset + segment.size - start, len(chunk))
             for at, until in _runs(chunk, first, last):
-                yield segment.address + start + at - segment.offset, view[at:until]
-        start += len(chunk)
-        if start >= needed:
-            return
+                memory.write(segment.address + start + at - segment.offset, view[at:until])
 
 
 def _runs(chunk: bytes, first: int, last: int) -> Iterator[tuple[int, int]]:
@@ -79,7 +79,7 @@ def _runs(chunk: bytes, first: int, last: int) -> Iterator[tuple[int, int]]:
 
 def read_kernel(file: HostFile, low_memory: int) -> Kernel:
     """Finds out what ``file`` is and checks it for a guest whose RAM begins with ``low_memory`` bytes at 0."""
-    head = file.read(0, HEADERS_SIZE)
+    head = file.read(0, min(HEADERS_SIZE, file.size))
     if is_elf(head):
         image = parse_elf(file.name, head, file.size)
         return _direct(file.name, ZeroPage.of_vmlinux(), image, file.chunks, low_memory)
@@ -129,16 +129,17 @@ def _unpack(name: str, image: BzImage, payload: Payload, low_memory: int) -> Ker
             f" give it at least {-(-payload.size // MIB)} MiB"
         )
     chunks = payload.chunks()
-    first = next(chunks)
-    if not is_elf(first):
+    kept = [next(chunks)]
+    head = kept[0][:HEADERS_SIZE]
+    if not is_elf(head):
         return None
-    elf = parse_elf(f"{name} (unpacked)", first[:HEADERS_SIZE], payload.size)
+    elf = parse_elf(f"{name} (unpacked)", head, payload.size)
     kernel = _direct(name, image.header, elf, payload.chunks, low_memory)
     if payload.compression.cheap:
-        for _ in chunks:
-            pass
+        kept.clear()
+        deque(chunks, maxlen=0)  # takes them all and keeps none
         return kernel
-    kept = (first, *chunks)
+    kept.extend(chunks)
     return replace(kernel, source=lambda: kept)
 
 

@@ -70,8 +70,9 @@ def prepare(config: GuestConfig) -> Prepared:
     """Reads and checks all that goes into guest memory before the first instruction; LguestError: it cannot be."""
     _check_memory(config.memory)
     low_memory = min(config.memory, LOW_RAM_LIMIT)
+    kernel_file = HostFile("kernel", config.kernel)
     initrd = None if config.initrd is None else HostFile("initrd", config.initrd)
-    kernel = read_kernel(HostFile("kernel", config.kernel), low_memory)
+    kernel = read_kernel(kernel_file, low_memory)
     return Prepared(config.memory, kernel, _command_line(config.arguments, kernel), initrd)
 
 
@@ -103,7 +104,7 @@ def _command_line(arguments: tuple[str, ...], kernel: Kernel) -> bytes:
 class Prepared:
     """A kernel and what belongs to it, checked against each other and ready to be loaded.
 
-    As long as it lives it holds the initrd and a vmlinux open (close-on-exec), and of a bzImage the payload in memory:
+    As long as it lives it holds the initrd and a vmlinux open (close-on-exec), and a bzImage's payload in memory:
     whoever does not load again lets go of it before forking.
     """
 

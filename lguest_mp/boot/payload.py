@@ -5,9 +5,8 @@ kernel's compressions, told by its first bytes, and the last four bytes after it
 size of what comes out. That size is the bound: it is looked at before anything is unpacked, not a byte more than it is
 unpacked, and less is an error.
 
-What comes out is given in chunks of some megabytes instead of one piece. The launcher copies each to its place in the
-guest and forgets it; writing 50 MiB of fresh memory takes longer than unpacking LZ4 does, and is only done once, in
-the guest's own memory.
+What comes out is given in chunks of some megabytes instead of one piece. Whoever forgets each before asking for the
+next has them all in the same memory: to touch 50 MiB of fresh memory takes longer than to unpack them from LZ4.
 
 Source: the kernel's lib/decompress.c (magic numbers), scripts/Makefile.lib (size_append), lib/decompress_unlz4.c.
 """
@@ -23,7 +22,7 @@ from lguest_mp.errors import LguestError
 
 #: What a decompressor is asked for at a time; also the most that one block of LZ4's legacy framing holds.
 CHUNK_SIZE = 8 << 20
-TRAILER_SIZE = 4
+SIZE_BYTES = 4
 #: A stream of LZMA or XZ may ask for this much of the host's memory for its dictionary.
 LZMA_MEMORY_LIMIT = 512 << 20
 #: The largest window of Zstandard that its own command line accepts without being asked (and the kernel's -22 uses).
@@ -133,6 +132,7 @@ def _lz4(data: memoryview, size: int) -> Iterator[bytes]:
         position += length
         size -= len(chunk)
         yield chunk
+        del chunk  # the next one takes its memory
 
 
 def _zstd(data: memoryview, size: int) -> Iterator[bytes]:
@@ -155,17 +155,19 @@ def _zstd(data: memoryview, size: int) -> Iterator[bytes]:
 class Compression:
     """One of the kernel's compressions: its first bytes, and how to unpack a given number of bytes.
 
-    ``cheap``: unpacking twice takes less time than keeping what came out.
+    ``trailer`` bytes are appended by the kernel's build to say how many that are. ``cheap``: unpacking twice takes less
+    time than keeping what came out.
     """
 
     name: str
     magic: bytes
     unpack: Callable[[memoryview, int], Iterator[bytes]]
+    trailer: int = SIZE_BYTES
     cheap: bool = False
 
 
 COMPRESSIONS = (
-    Compression("gzip", b"\x1f\x8b", _gzip),
+    Compression("gzip", b"\x1f\x8b", _gzip, trailer=0),
     Compression("bzip2", b"BZh", _bzip2),
     Compression("LZMA", b"\x5d\x00", _lzma),
     Compression("xz", b"\xfd7zXZ\x00", _xz),
@@ -182,11 +184,11 @@ class Payload:
         self._data = data
         self.compression = compression
         #: What unpacking gives, in bytes, as the trailer says.
-        self.size = int.from_bytes(data[-TRAILER_SIZE:], "little")
+        self.size = int.from_bytes(data[-SIZE_BYTES:], "little")
 
     def chunks(self) -> Iterator[bytes]:
         """Unpacks: exactly ``size`` bytes in all, or DamagedPayloadError."""
-        packed = self._data if self.compression.name == "gzip" else self._data[:-TRAILER_SIZE]
+        packed = self._data[: len(self._data) - self.compression.trailer]
         try:
             yield from self.compression.unpack(packed, self.size)
         except DamagedPayloadError as error:
