@@ -1,0 +1,252 @@
+"""Drivers that put anything at all into the rings, descriptors and tables (virtio 1.2, 2.7).
+
+Whatever they do: the queue does what the standard says, as a second, slow and plain reading of it does (``walk``); a
+device ends with DeviceProtocolError or goes on; and no byte of guest memory changes that the driver did not offer to
+be written.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mockdriver import ALL, INDIRECT, NEXT, WRITE, Context, Descriptor, Idle, IdlingQueue, MockDriver
+
+from lguest_mp.errors import DeviceProtocolError
+from lguest_mp.memory import GuestMemory
+from lguest_mp.virtio.block import Block
+from lguest_mp.virtio.console import RECEIVEQ, TRANSMITQ, Console
+from lguest_mp.virtio.device import Device, Feature
+from lguest_mp.virtio.queue import Chain
+from lguest_mp.virtio.rng import Rng
+
+SIZE = 8
+SECTORS = 64
+#: Small enough to compare before and after, and to be hit.
+MEMORY = 16 * 4096
+#: Where indirect tables are, as far as they are anywhere sensible.
+TABLES = (0x2000, 0x2100, 0x2200)
+BUFFERS = 0x3000
+
+addresses = st.one_of(
+    st.integers(BUFFERS, MEMORY - 1),
+    st.sampled_from(TABLES),
+    st.integers(0, MEMORY),
+    st.integers(MEMORY - 20, MEMORY + 20),
+    st.integers((1 << 64) - 40, (1 << 64) - 1),
+    st.sampled_from([3 << 30, (3 << 30) - 1, 4 << 30, 1 << 32, (1 << 32) - 1, 1 << 63]),
+)
+lengths = st.one_of(
+    st.integers(0, 64),
+    st.sampled_from([1, 16, 32, 48, 512, 513, 1024]),
+    st.sampled_from([MEMORY, MEMORY - BUFFERS, (1 << 32) - 1, (1 << 32) - 16, 1 << 31]),
+)
+flags = st.one_of(
+    st.sampled_from([0, NEXT, WRITE, NEXT | WRITE]),
+    st.sampled_from([0, NEXT, WRITE, NEXT | WRITE]),
+    st.sampled_from([INDIRECT, INDIRECT | WRITE, INDIRECT | NEXT]),
+    st.integers(0, 0xFFFF),
+)
+nexts = st.one_of(st.integers(0, SIZE + 1), st.integers(0, 0xFFFF))
+wild_descriptors = st.builds(Descriptor, addresses, lengths, flags, nexts)
+#: A descriptor with nothing wrong but, perhaps, its place.
+mild_descriptors = st.builds(
+    Descriptor,
+    st.integers(BUFFERS, MEMORY - 600),
+    st.sampled_from([0, 1, 16, 512]),
+    st.sampled_from([0, NEXT, NEXT, WRITE, NEXT | WRITE]),
+    st.integers(0, SIZE - 1),
+)
+indirect_descriptors = st.builds(
+    Descriptor, st.sampled_from(TABLES), st.sampled_from([16, 32, 48, 128, 144]), st.just(INDIRECT), st.just(0)
+)
+descriptors = st.one_of(mild_descriptors, mild_descriptors, indirect_descriptors, wild_descriptors)
+
+
+@st.composite
+def straight_tables(draw: st.DrawFn) -> list[Descriptor]:
+    """What a good driver writes, but for the one field that may be changed."""
+    readable = draw(st.integers(0, 4))
+    writable = draw(st.integers(0 if readable else 1, 4))
+    table = [
+        Descriptor(
+            BUFFERS + 600 * index, draw(lengths), (NEXT if index + 1 < readable + writable else 0) | how, index + 1
+        )
+        for index, how in enumerate([0] * readable + [WRITE] * writable)
+    ]
+    if draw(st.booleans()):
+        index = draw(st.integers(0, len(table) - 1))
+        table[index] = draw(descriptors)
+    return table
+
+
+tables = st.lists(descriptors, min_size=SIZE, max_size=SIZE)
+indirect_tables = st.one_of(straight_tables(), st.lists(descriptors, min_size=1, max_size=SIZE + 2))
+heads = st.lists(st.one_of(st.integers(0, SIZE - 1), st.integers(0, 0xFFFF)), min_size=SIZE, max_size=SIZE)
+
+
+@st.composite
+def rings(draw: st.DrawFn) -> Callable[[MockDriver], None]:
+    """Everything that a driver writes; the result writes it."""
+    table = draw(tables)
+    inner = [draw(indirect_tables) for _ in TABLES]
+    ring = draw(heads)
+    index = draw(st.one_of(st.integers(0, SIZE), st.integers(0, 0xFFFF)))
+    data = draw(st.binary(max_size=64))
+
+    def write(driver: MockDriver) -> None:
+        driver.memory.write(BUFFERS, data * (4096 // len(data)) if data else bytes(4096))
+        for number, descriptor in enumerate(table):
+            driver.set_descriptor(number, descriptor)
+        for address, entries in zip(TABLES, inner, strict=True):
+            driver.memory.write(address, b"".join(entry.pack() for entry in entries))
+        for position, head in enumerate(ring):
+            driver.set_ring(position, head)
+        driver.set_available_index(index)
+
+    return write
+
+
+class Broken(Exception):
+    """What ``walk`` finds wrong."""
+
+
+def walk(memory: bytes, driver: MockDriver, head: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The (address, length) of the readable and of the writable part of a chain, by the letter of 2.7.5."""
+
+    def descriptor(table: int, index: int) -> tuple[int, int, int, int]:
+        fields: tuple[int, int, int, int] = struct.unpack_from("<QIHH", memory, table + 16 * index)
+        return fields
+
+    def inside(address: int, length: int) -> None:
+        if address + length > len(memory):
+            raise Broken
+
+    if head >= driver.size:
+        raise Broken
+    parts: list[tuple[int, int, bool]] = []
+    table, entries, index, indirect = driver.layout.descriptor_table, driver.size, head, False
+    while True:
+        address, length, how, following = descriptor(table, index)
+        if how & INDIRECT:
+            if indirect or not driver.features & Feature.RING_INDIRECT_DESC or how & NEXT or length % 16 or not length:
+                raise Broken
+            inside(address, length)
+            table, entries, index, indirect = address, length // 16, 0, True
+            continue
+        inside(address, length)
+        parts.append((address, length, bool(how & WRITE)))
+        if len(parts) > driver.size:
+            raise Broken
+        if not how & NEXT:
+            break
+        if following >= entries:
+            raise Broken
+        index = following
+    order = [writable for _, _, writable in parts]
+    if order != sorted(order) or sum(length for _, length, _ in parts) > 1 << 32:
+        raise Broken
+    return (
+        [(address, length) for address, length, writable in parts if not writable],
+        [(address, length) for address, length, writable in parts if writable],
+    )
+
+
+@pytest.fixture(scope="module")
+def memory() -> GuestMemory:
+    return GuestMemory(MEMORY)
+
+
+class JudgedQueue(IdlingQueue):
+    """Compares every chain with what ``walk`` finds at that moment, and notes what may be written."""
+
+    def judge(self, driver: MockDriver) -> JudgedQueue:
+        self.driver = driver
+        self.allowed = [(driver.layout.used_ring, 6 + 8 * driver.size)]
+        self.taken = self._next_available
+        return self
+
+    def pop(self) -> Chain | None:
+        memory = bytes(self.driver.memory.view)
+        entry = self.driver.layout.available_ring + 4 + 2 * (self.taken % self.size)
+        (head,) = struct.unpack_from("<H", memory, entry)
+        try:
+            chain = super().pop()
+        except DeviceProtocolError as error:
+            if not error.section.startswith("2.7.6.1"):
+                with pytest.raises(Broken):
+                    walk(memory, self.driver, head)
+            raise
+        if chain is not None:
+            parts = walk(memory, self.driver, head)
+            assert (chain.head, chain.readable_ranges, chain.writable_ranges) == (head, *parts)
+            self.allowed += chain.writable_ranges
+            self.taken += 1
+        return chain
+
+
+def judged(driver: MockDriver) -> JudgedQueue:
+    return JudgedQueue(driver.memory, driver.layout, driver.features, driver.kicked, driver.called).judge(driver)
+
+
+@settings(deadline=None, max_examples=500)
+@given(write=rings(), features=st.sampled_from([ALL, ALL, Feature.RING_EVENT_IDX]))
+def test_the_queue_reads_chains_as_the_standard_does(
+    memory: GuestMemory, write: Callable[[MockDriver], None], features: int
+) -> None:
+    """2.7.5, 2.7.6: and taking them changes nothing."""
+    memory.view[:] = bytes(MEMORY)
+    with closing(MockDriver(SIZE, features, memory)) as driver:
+        write(driver)
+        queue = judged(driver)
+        before = bytes(memory.view)
+        with suppress(DeviceProtocolError):
+            while queue.pop() is not None:
+                pass
+        assert queue.taken <= SIZE
+        assert bytes(memory.view) == before
+
+
+@pytest.fixture(scope="module")
+def devices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[tuple[Device, int]]]:
+    """One queue of each, on files: the console's input never ends, as a terminal's does not."""
+    image = tmp_path_factory.mktemp("images") / "disk.img"
+    image.write_bytes(os.urandom(SECTORS * 512))
+    with open("/dev/zero", "rb") as zero, open("/dev/null", "wb") as null, closing(Block("block0", image)) as block:
+        console = Console(input_fd=zero.fileno(), output_fd=null.fileno())
+        yield [(block, 0), (Rng("rng0"), 0), (console, RECEIVEQ), (console, TRANSMITQ)]
+        assert image.stat().st_size == SECTORS * 512
+
+
+@settings(deadline=None, max_examples=500)
+@given(
+    write=rings(),
+    which=st.integers(0, 3),
+    header=st.tuples(st.sampled_from([0, 0, 1, 1, 4, 8, 11, 13, 2, 99]), st.integers(0, SECTORS + 1)),
+)
+def test_a_device_writes_only_what_it_was_offered(
+    memory: GuestMemory,
+    devices: list[tuple[Device, int]],
+    write: Callable[[MockDriver], None],
+    which: int,
+    header: tuple[int, int],
+) -> None:
+    """2.7.5.1: and it ends with DeviceProtocolError, or not at all."""
+    memory.view[:] = bytes(MEMORY)
+    with closing(MockDriver(SIZE, ALL | 1 << 9 | 1 << 13 | 1 << 14, memory)) as driver:
+        write(driver)
+        memory.write(BUFFERS, struct.pack("<IIQ", header[0], 0, header[1]))
+        queue = judged(driver)
+        before = bytes(memory.view)
+        device, queue_index = devices[which]
+        with suppress(DeviceProtocolError, Idle):
+            device.serve(queue_index, queue, Context())
+    after = bytearray(memory.view)
+    for offset, length in queue.allowed:
+        after[offset : offset + length] = before[offset : offset + length]
+    assert after == before
