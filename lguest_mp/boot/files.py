@@ -68,10 +68,10 @@ class HostFile:
             buffer = buffer[count:]
             offset += count
 
-    def chunks(self) -> Iterator[bytes]:
-        """The whole file in pieces, as long as it was when it was opened."""
-        for offset in range(0, self.size, CHUNK_SIZE):
-            yield self.read(offset, min(CHUNK_SIZE, self.size - offset))
+    def chunks(self, end: int) -> Iterator[bytes]:
+        """The first ``end`` bytes in pieces."""
+        for offset in range(0, end, CHUNK_SIZE):
+            yield self.read(offset, min(CHUNK_SIZE, end - offset))
 
     def _unreadable(self, offset: int, error: OSError) -> LguestError:
         return LguestError(f"cannot read {self.name} at byte {offset}: {error.strerror}")

@@ -45,12 +45,9 @@ class Kernel:
     def load(self, memory: GuestMemory) -> None:
         """Copies the segments into memory that is zeros."""
         start = 0
-        end = max((segment.offset + segment.size for segment in self.segments if segment.size), default=0)
         for chunk in self.source():
             self._place(memory, chunk, start)
             start += len(chunk)
-            if start >= end:
-                break
             del chunk  # the next one takes its memory
 
     def _place(self, memory: GuestMemory, chunk: bytes, start: int) -> None:
@@ -82,7 +79,9 @@ def read_kernel(file: HostFile, low_memory: int) -> Kernel:
     head = file.read(0, min(HEADERS_SIZE, file.size))
     if is_elf(head):
         image = parse_elf(file.name, head, file.size)
-        return _direct(file.name, ZeroPage.of_vmlinux(), image, file.chunks, low_memory)
+        # Behind the last segment a vmlinux may have ten times as much for debuggers.
+        end = max((segment.offset + segment.size for segment in image.segments if segment.size), default=0)
+        return _direct(file.name, ZeroPage.of_vmlinux(), image, lambda: file.chunks(end), low_memory)
     if is_bzimage(head):
         return _read_bzimage(file, parse_bzimage(file, head), low_memory)
     raise LguestError(f"{file.name} is no kernel: neither an ELF vmlinux nor a bzImage")

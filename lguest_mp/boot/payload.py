@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from lguest_mp.boot.heap import large_buffers
 from lguest_mp.errors import LguestError
 
 #: What a decompressor is asked for at a time; also the most that one block of LZ4's legacy framing holds.
@@ -116,23 +117,24 @@ def _lz4(data: memoryview, size: int) -> Iterator[bytes]:
     from lz4.block import LZ4BlockError, decompress  # noqa: PLC0415
 
     position = 4
-    while size:
-        length = int.from_bytes(data[position : position + 4], "little")
-        position += 4
-        if length == LZ4_LEGACY_MAGIC:  # another stream follows, as `cat` makes them
-            continue
-        if not 0 < length <= len(data) - position:
-            raise DamagedPayloadError("it ends too early")
-        try:
-            chunk: bytes = decompress(data[position : position + length], uncompressed_size=min(CHUNK_SIZE, size))
-        except (LZ4BlockError, ValueError, OverflowError, MemoryError) as error:
-            raise DamagedPayloadError(str(error)) from error
-        if not chunk:
-            raise DamagedPayloadError("it has an empty block")
-        position += length
-        size -= len(chunk)
-        yield chunk
-        del chunk  # the next one takes its memory
+    with large_buffers():
+        while size:
+            length = int.from_bytes(data[position : position + 4], "little")
+            position += 4
+            if length == LZ4_LEGACY_MAGIC:  # another stream follows, as `cat` makes them
+                continue
+            if not 0 < length <= len(data) - position:
+                raise DamagedPayloadError("it ends too early")
+            try:
+                chunk: bytes = decompress(data[position : position + length], uncompressed_size=min(CHUNK_SIZE, size))
+            except (LZ4BlockError, ValueError, OverflowError, MemoryError) as error:
+                raise DamagedPayloadError(str(error)) from error
+            if not chunk:
+                raise DamagedPayloadError("it has an empty block")
+            position += length
+            size -= len(chunk)
+            yield chunk
+            del chunk  # the next one takes its memory
 
 
 def _zstd(data: memoryview, size: int) -> Iterator[bytes]:

@@ -97,7 +97,8 @@ def test_reading(tmp_path: Path) -> None:
     assert file.size == len(data)
     assert file.read(10, 20) == data[10:30]
     assert file.read(len(data) - 5, 5) == data[-5:]
-    assert b"".join(file.chunks()) == data
+    assert b"".join(file.chunks(len(data))) == data
+    assert b"".join(file.chunks(CHUNK_SIZE - 1)) == data[: CHUNK_SIZE - 1]
     buffer = bytearray(50)
     file.read_into(memoryview(buffer), 7)
     assert buffer == data[7:57]
@@ -116,7 +117,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
         file.read(40, 20)
     assert str(caught.value) == told
     with pytest.raises(LguestError) as caught:
-        list(file.chunks())
+        list(file.chunks(100))
     assert str(caught.value) == told
 
 
