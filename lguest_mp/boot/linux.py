@@ -11,7 +11,7 @@ Where everything is put (guest-physical; the e820 map tells the kernel the same)
 | 0x0009fc00 | 0x000a0000 | where a BIOS would have its data                        | reserved |
 | 0x000a0000 | 0x000e0000 | where a PC has its video memory and its option ROMs     | –        |
 | 0x000e0000 | 0x000f0000 | ACPI tables                                             | ACPI     |
-| 0x000f0000 | 0x00100000 | where a BIOS would be                                   | reserved |
+| 0x000f0000 | 0x00100000 | where a BIOS would be; at its end, where a CPU is reset | reserved |
 | 0x00100000 | low end    | the kernel where it wants to be, the initrd at the end  | RAM      |
 | 4 GiB      |            | the rest of a large guest's memory                      | RAM      |
 
@@ -40,6 +40,7 @@ from lguest_mp.boot.zeropage import E820Entry, E820Type, ZeroPage
 from lguest_mp.config import GuestConfig
 from lguest_mp.cpu.engine import EntryState
 from lguest_mp.errors import LguestError
+from lguest_mp.machine.layout import RESET_PORT, RESET_VALUE
 from lguest_mp.memory import GIB, HIGH_RAM_BASE, LOW_RAM_LIMIT, PAGE_SIZE, GuestMemory
 
 GDT = 0x1000
@@ -52,6 +53,7 @@ VIDEO_MEMORY = 0xA_0000
 ACPI_TABLES = 0xE_0000
 ACPI_TABLES_ROOM = 0x1_0000
 BIOS = 0xF_0000
+RESET_VECTOR = 0xF_FFF0
 
 #: No kernel of today starts in less; the embedded CPU has 40 bits of physical addresses.
 MIN_MEMORY = 16 * MIB
@@ -64,6 +66,11 @@ _LARGE_PAGE_SIZE = 2 * MIB
 
 #: Flat segments, accessed: 64-bit code at selector 0x10, data at 0x18 (boot.rst names them __BOOT_CS and __BOOT_DS).
 _GDT_ENTRIES = (0, 0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF)
+
+#: What a kernel finds that resets its PC by jumping to the BIOS's reset vector in real mode. Linux does that on
+#: hardware-reduced platforms: it expects EFI's reset service there, has none, and ends here (arch/x86/kernel/reboot.c).
+#: mov ax, RESET_VALUE; mov dx, RESET_PORT; out dx, al; jmp to itself
+_RESET_CODE = struct.pack("<BHBHBH", 0xB8, RESET_VALUE, 0xBA, RESET_PORT, 0xEE, 0xFEEB)
 
 
 def prepare(config: GuestConfig) -> Prepared:
@@ -156,6 +163,7 @@ class Prepared:
             self._initrd.read_into(memory.slice(self._initrd_address, self._initrd.size), 0)
         memory.write(COMMAND_LINE, self.command_line + b"\0")
         memory.write(ACPI_TABLES, self._acpi)
+        memory.write(RESET_VECTOR, _RESET_CODE)
         memory.write(ZERO_PAGE, bytes(self._zero_page()))
         memory.write(PAGE_TABLES, _identity_page_tables(PAGE_TABLES))
         memory.write(GDT, struct.pack(f"<{len(_GDT_ENTRIES)}Q", *_GDT_ENTRIES))

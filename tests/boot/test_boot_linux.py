@@ -162,6 +162,11 @@ def test_the_firmware_tables_are_where_the_zero_page_says(vmlinux: Path) -> None
     assert booted.memory.read(address, len(expected)) == expected
 
 
+def test_a_jump_to_the_bioss_reset_vector_resets_the_machine(vmlinux: Path) -> None:
+    # mov ax, 1; mov dx, 0x602; out dx, al; jmp .  -- in the 16 bytes before 1 MiB
+    assert Booted(vmlinux).memory.read(0xFFFF0, 16) == bytes.fromhex("b80100 ba0206 ee ebfe").ljust(16, b"\0")
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
