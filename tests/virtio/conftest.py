@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
 import pytest
-from mockdriver import MockDriver
-
-DriverFactory = Callable[..., MockDriver]
-
-#: A test that takes so many seconds hangs: a lost notification looks like that.
-HANGS = 120
+from mockdriver import HANGS, DriverFactory, MockDriver
 
 
 @pytest.fixture(autouse=True)

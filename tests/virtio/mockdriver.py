@@ -1,13 +1,14 @@
 """A driver for tests: the other side of a split virtqueue, in guest memory of its own and in this process.
 
-It does what a good driver does (``add``, ``kick``, ``used``), and it lets a test do what a bad one does: every field of
-the descriptor table and the rings can be written as one likes. A device is run on it with ``serve``, which lets the
-worker's loop go on until it would sleep.
+It does what a good driver does (``add``, ``notify``, ``wait``, ``used``), and it lets a test do what a bad one does:
+every field of the descriptor table and the rings can be written as one likes. A device is run on it with ``serve``,
+which lets the worker's loop go on until it would sleep.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +17,12 @@ from dataclasses import dataclass, field
 from lguest_mp.codemap import WriteWatch
 from lguest_mp.memory import GuestMemory
 from lguest_mp.virtio.device import Device, Feature, QueueLayout
-from lguest_mp.virtio.fence import Fence
+from lguest_mp.virtio.fence import Fence, LocalFence
 from lguest_mp.virtio.queue import Queue
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
+#: A test that takes so many seconds hangs: a lost notification looks like that.
+HANGS = 120
 #: Both of the features that a queue has.
 ALL = Feature.RING_EVENT_IDX | Feature.RING_INDIRECT_DESC
 
@@ -89,8 +92,10 @@ class MockDriver:
         self.called = os.eventfd(0, os.EFD_CLOEXEC)
         self._free = list(range(size))
         self._chains: dict[int, list[int]] = {}
-        self._available = 0
+        self._available = self._notified = 0
         self._seen_used = 0
+        #: Its memory barrier (2.7.13.4.1).
+        self.fence = LocalFence().full
         self._available_ring = self.memory.slice(available, 6 + 2 * size).cast("H")
         self._used = self.memory.slice(used, 4).cast("H")
         self._used_ring = self.memory.slice(used + 4, 8 * size).cast("I")
@@ -159,6 +164,35 @@ class MockDriver:
     def kick(self) -> None:
         """A notification, wanted or not."""
         os.eventfd_write(self.kicked, 1)
+
+    def notify(self) -> None:
+        """A notification if the device wants one for what was made available since the last (2.7.10.1)."""
+        self.fence()
+        new, old = self._available, self._notified
+        self._notified = new
+        if self.features & Feature.RING_EVENT_IDX:
+            wanted = (new - self.avail_event - 1) & 0xFFFF < (new - old) & 0xFFFF
+        else:
+            wanted = not self.used_flags & 1
+        if wanted:
+            self.kick()
+
+    def wait(self, seconds: float) -> bool:
+        """Sleeps until the device has completed something (2.7.14): False if no interrupt comes for so long."""
+        poll = select.poll()
+        poll.register(self.called, select.POLLIN)
+        while True:
+            if self.features & Feature.RING_EVENT_IDX:
+                self.set_used_event(self._seen_used)
+            else:
+                self.set_available_flags(0)
+            self.fence()
+            if self._seen_used != self._used[1]:
+                self.set_available_flags(1)
+                return True
+            if not poll.poll(seconds * 1000):
+                return False
+            os.read(self.called, 8)
 
     def used(self) -> list[tuple[int, int]]:
         """The (head, length) of what the device has completed since the last look; its descriptors are free again."""
@@ -287,3 +321,7 @@ def _linked(parts: Sequence[Descriptor], indices: Sequence[int]) -> list[Descrip
 
 def _align(address: int, alignment: int) -> int:
     return -(-address // alignment) * alignment
+
+
+#: Makes drivers that are closed after the test (the fixture ``new_driver``); its arguments are MockDriver's.
+DriverFactory = Callable[..., MockDriver]

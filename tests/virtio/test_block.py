@@ -12,10 +12,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import DriverFactory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mockdriver import ALL, Buffer, Context, MockDriver
+from mockdriver import ALL, Buffer, Context, DriverFactory, MockDriver
 
 from lguest_mp.errors import DeviceProtocolError, LguestError
 from lguest_mp.virtio import block
@@ -247,7 +246,7 @@ def requests(draw: st.DrawFn) -> tuple[int, int, int]:
 class TestReadingAndWriting:
     """VIRTIO_BLK_T_IN and VIRTIO_BLK_T_OUT (5.2.6)."""
 
-    @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         script=st.lists(
             st.tuples(requests(), Points, Points, st.booleans(), st.booleans(), st.integers(0, 1)), max_size=12

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import pytest
-from conftest import HANGS, DriverFactory
-from mockdriver import Context, Idle, MockDriver
+from mockdriver import HANGS, Context, DriverFactory, Idle, MockDriver
 
 from lguest_mp.errors import DeviceProtocolError
 from lguest_mp.virtio import console

@@ -7,8 +7,7 @@ import struct
 from collections.abc import Callable, Sequence
 
 import pytest
-from conftest import DriverFactory
-from mockdriver import ALL, INDIRECT, NEXT, WRITE, Descriptor, Idle, MockDriver
+from mockdriver import ALL, INDIRECT, NEXT, WRITE, Descriptor, DriverFactory, Idle, MockDriver
 
 from lguest_mp.errors import DeviceProtocolError
 from lguest_mp.memory import GuestMemory
@@ -70,6 +69,16 @@ class TestServing:
         driver.used()
         driver.add([b"x"] * 16, indirect=True)
         assert len(popped(queue).readable) == 16
+
+    def test_a_table_may_be_chained_in_any_order(self, driver: MockDriver) -> None:
+        """2.7.5.3: by next, also where the flags alone look like one descriptor after the other."""
+        order = {0: (b"a", 2), 1: (b"c", 3), 2: (b"b", 1), 3: (b"d", 0)}
+        table = b"".join(
+            Descriptor(driver.allocate(1, text), 1, NEXT if following else 0, following).pack()
+            for text, following in order.values()
+        )
+        driver.make_available(driver.chain([Descriptor(driver.allocate(64, table), 64, INDIRECT)]))
+        assert b"".join(popped(driver.queue()).readable) == b"abcd"
 
     def test_an_indirect_table_may_be_larger_than_the_queue(self, driver: MockDriver) -> None:
         """2.7.5.3: the chain is what is limited, and it may use any part of the table."""
@@ -402,6 +411,9 @@ class TestLayout:
         assert _layout_error(QueueLayout(16, MIB - 256, 0x2000, 0x3000)) is None
         assert _layout_error(QueueLayout(16, 0x1000, MIB - 38, 0x3000)) is None
         assert _layout_error(QueueLayout(16, 0x1000, 0x2000, MIB - 136)) is None
+        assert _layout_error(QueueLayout(16, MIB - 240, 0x2000, 0x3000)) == "2.7"
+        assert _layout_error(QueueLayout(16, 0x1000, MIB - 36, 0x3000)) == "2.7"
+        assert _layout_error(QueueLayout(16, 0x1000, 0x2000, MIB - 132)) == "2.7"
 
 
 def _layout_error(layout: QueueLayout) -> str | None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
-from conftest import DriverFactory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mockdriver import MockDriver
+from mockdriver import DriverFactory, MockDriver
 
 from lguest_mp.errors import DeviceProtocolError
 from lguest_mp.memory import GuestMemory
@@ -24,7 +23,7 @@ def test_what_it_is() -> None:
     assert rng.files == ()
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=st.lists(st.integers(0, 300), min_size=1, max_size=10), indirect=st.booleans())
 def test_it_fills_the_buffer_whatever_its_layout(
     new_driver: DriverFactory, monkeypatch: pytest.MonkeyPatch, lengths: list[int], indirect: bool
