@@ -30,13 +30,14 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from lguest_mp.errors import GuestAddressError
+from lguest_mp.errors import GuestAddressError, LguestError
 from lguest_mp.memory import PAGE_SIZE, GuestMemory
 
 _NS = 1_000_000_000
@@ -78,7 +79,7 @@ class TscReader:
         libc = ctypes.CDLL(None, use_errno=True)
         libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         if libc.mprotect(address, PAGE_SIZE, mmap.PROT_READ | mmap.PROT_EXEC):
-            raise OSError(ctypes.get_errno(), "cannot make a page executable")
+            raise LguestError(f"cannot make a page of memory executable: {os.strerror(ctypes.get_errno())}")
         self.read: Callable[[], int] = ctypes.PYFUNCTYPE(ctypes.c_uint64)(address)
 
 

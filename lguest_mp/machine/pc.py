@@ -61,6 +61,9 @@ _WINDOW_MASK = (1 << WINDOW_SHIFT) - 1
 
 #: How long one thread may keep the interpreter from the other, seconds (Python's default is 5 ms).
 _SWITCH_INTERVAL = 0.0005
+#: Linux's console driver reads the terminal's size when it hears that the configuration changed, and not before; so we
+#: tell it once, this many seconds after it started. Not at once: while its probe is under way it has no port yet.
+_SIZE_NEWS = 0.5
 #: How long output that the terminal does not take is waited for at the end, seconds.
 _LAST_WORDS = 1.0
 
@@ -102,6 +105,7 @@ class _Control:
         supervisor: Supervisor,
         *,
         before_start: Callable[[], None],
+        after_start: Callable[[], None],
         after_reset: Callable[[], None],
     ) -> None:
         """``before_start`` and ``after_reset`` are called around the time in which the device is served."""
@@ -109,11 +113,13 @@ class _Control:
         self._name = name
         self._supervisor = supervisor
         self._before_start = before_start
+        self._after_start = after_start
         self._after_reset = after_reset
 
     def start(self, features: int, queues: tuple[QueueLayout | None, ...]) -> None:
         self._before_start()
         self._supervisor.ask(protocol.DriverReady(self._index, features, queues))
+        self._after_start()
 
     def reset(self) -> None:
         self._supervisor.ask(protocol.DeviceReset(self._index))
@@ -213,6 +219,10 @@ class Pc:
             if is_console:
                 self._release_input()
 
+        def after_start() -> None:
+            if is_console:
+                self._loop.call_later(_SIZE_NEWS, lambda: self._functions[index].config_changed(0, b""))
+
         def after_reset() -> None:
             # News of the life that has just ended must not reach the next one: what the supervisor said before it
             # answered is there by now.
@@ -220,7 +230,14 @@ class Pc:
             if is_console:
                 self._take_input()
 
-        return _Control(index, port.device.name, self._supervisor, before_start=before_start, after_reset=after_reset)
+        return _Control(
+            index,
+            port.device.name,
+            self._supervisor,
+            before_start=before_start,
+            after_start=after_start,
+            after_reset=after_reset,
+        )
 
     def _connect_ports(self) -> None:
         serial, bus = self._serial, self._bus

@@ -18,7 +18,7 @@ from lguest_mp.machine.wiring import DevicePort
 from lguest_mp.memory import GuestMemory
 
 
-def run_machine(
+def run_machine(  # noqa: PLR0917 -- what a machine consists of
     config: GuestConfig,
     memory: GuestMemory,
     code_map: CodeMap,

@@ -16,6 +16,8 @@ import ctypes
 import os
 import time
 
+from lguest_mp.errors import LguestError
+
 #: uapi/linux/timerfd.h.
 _TFD_TIMER_ABSTIME = 1
 _NS = 1_000_000_000
@@ -24,7 +26,7 @@ _NEVER = (1 << 63) - 1
 
 
 class HostTimer:
-    """A timer on CLOCK_MONOTONIC."""
+    """A timer on CLOCK_MONOTONIC. LguestError: the host has none to give."""
 
     def __init__(self) -> None:
         libc = ctypes.PyDLL(None, use_errno=True)
@@ -34,21 +36,25 @@ class HostTimer:
         #: struct itimerspec: the interval's seconds and nanoseconds, then the first expiry's.
         self._spec = (ctypes.c_int64 * 4)()
         self._spec_address = ctypes.addressof(self._spec)
+        self._interval = 0
         #: Readable once the timer has expired.
         self.fd: int = libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
         if self.fd < 0:
-            raise OSError(ctypes.get_errno(), "timerfd_create")
+            raise LguestError(f"cannot make a timer: {os.strerror(ctypes.get_errno())}")
 
     def arm(self, deadline: int, interval: int = 0) -> None:
         """Expires at ``deadline`` (nanoseconds of CLOCK_MONOTONIC; the past: at once), then every ``interval`` ns."""
-        # A time of zero would mean "off".
         spec = self._spec
-        spec[0], spec[1] = divmod(interval, _NS)
+        if interval != self._interval:
+            self._interval = interval
+            spec[0], spec[1] = divmod(interval, _NS)
+        # A time of zero would mean "off".
         spec[2], spec[3] = divmod(min(max(deadline, 1), _NEVER), _NS)
         self._settime(self.fd, _TFD_TIMER_ABSTIME, self._spec_address, None)
 
     def disarm(self) -> None:
         """Forgets the deadline, and an expiry that was not taken."""
+        self._interval = 0
         self._spec[:] = [0, 0, 0, 0]
         self._settime(self.fd, 0, self._spec_address, None)
 

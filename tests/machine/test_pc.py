@@ -526,6 +526,16 @@ def test_what_is_typed_reaches_the_serial_port_until_the_console_is_ready_and_ag
     assert machine.run(guest) == PowerOff()
 
 
+def test_a_console_that_has_started_is_told_to_look_at_its_size(machine: Machine) -> None:
+    def guest(cpu: FakeEngine) -> None:
+        machine.enable_apic()
+        machine.start(CONSOLE)
+        assert machine.next_vector(cpu) == 0x40  # the configuration's
+        machine.power_off()
+
+    assert machine.run(guest) == PowerOff()
+
+
 def test_a_broken_console_gives_the_terminal_back(machine: Machine) -> None:
     def guest(cpu: FakeEngine) -> None:
         listen(machine)
