@@ -14,18 +14,19 @@ PR_SET_NAME = 15
 #: A comm has 15 characters and a zero byte (TASK_COMM_LEN).
 COMM_LENGTH = 15
 
+_libc = ctypes.CDLL(None, use_errno=True)
 
-def _prctl(option: int, argument: int | bytes) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    value = ctypes.c_char_p(argument) if isinstance(argument, bytes) else ctypes.c_ulong(argument)
-    if libc.prctl(option, value, ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)) != 0:
+
+def _prctl(option: int, argument: ctypes.c_ulong | ctypes.c_char_p) -> None:
+    unused = ctypes.c_ulong(0)
+    if _libc.prctl(option, argument, unused, unused, unused) != 0:
         errno = ctypes.get_errno()
         raise OSError(errno, f"prctl({option}): {os.strerror(errno)}")
 
 
 def set_comm(name: str) -> None:
     """Sets the name that ``top`` shows; what is longer than 15 bytes is cut."""
-    _prctl(PR_SET_NAME, name.encode(errors="replace")[:COMM_LENGTH])
+    _prctl(PR_SET_NAME, ctypes.c_char_p(name.encode(errors="replace")[:COMM_LENGTH]))
 
 
 def die_with_parent(parent: int) -> bool:
@@ -33,5 +34,5 @@ def die_with_parent(parent: int) -> bool:
 
     Linux forgets the request when the process changes its user or group: make it afterwards.
     """
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
     return os.getppid() == parent

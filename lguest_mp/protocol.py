@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import socket
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias, get_args
 
 from lguest_mp.cpu.engine import EntryState
@@ -176,7 +176,7 @@ class ProtocolError(Exception):
 
 def encode(message: Message) -> bytes:
     """The message as bytes for one datagram."""
-    return json.dumps([type(message).__name__, asdict(message)], separators=(",", ":")).encode()
+    return json.dumps([type(message).__name__, vars(message)], default=vars, separators=(",", ":")).encode()
 
 
 def decode(datagram: bytes) -> Message:

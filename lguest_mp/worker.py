@@ -30,6 +30,8 @@ BUG = os.EX_SOFTWARE
 
 #: What is longer is cut: a line for a person, well below the longest message.
 MAX_TEXT = 1000
+#: Encoded before anything is forked: the encoder's memory would be each worker's own, for one message.
+_SERVING = protocol.encode(protocol.Serving())
 
 
 class WriteWatch(Protocol):
@@ -63,15 +65,18 @@ class Reports:
 
     def serving(self) -> None:
         """The queue is set up."""
-        self._say(protocol.Serving())
+        self._send(_SERVING)
 
     def broken(self, text: str) -> None:
         """The driver broke the standard."""
         self._say(protocol.Broken(text[:MAX_TEXT]))
 
     def _say(self, message: protocol.Message) -> None:
+        self._send(protocol.encode(message))
+
+    def _send(self, datagram: bytes) -> None:
         try:
-            protocol.send(self._channel, message, socket.MSG_DONTWAIT)
+            self._channel.send(datagram, socket.MSG_DONTWAIT)
         except OSError:
             return  # it has more from us than it reads, or it is gone and so are we
 

@@ -1,8 +1,10 @@
 """Forking a process of the guest, and hearing of its end.
 
-A child is born with all signals blocked and everything inherited. Before it runs its own body it lets go of what is
-the supervisor's: signal handlers, file descriptors. It ties its life to the supervisor's and takes its name. From then
-on it is known by a pidfd, which becomes readable when it ends and cannot come to mean another process.
+A child ties its life to the supervisor's, lets go of the file descriptors that are not its own, and takes its name. To
+the supervisor it is a pidfd, which becomes readable when the process ends and cannot come to mean another.
+
+The less a child does before its own work, the better: all memory is shared until one side writes to it, and Python
+writes to whatever it looks at (reference counts). Each function that a worker calls costs it some pages.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import NoReturn
 from lguest_mp import prctl, worker
 from lguest_mp.errors import LguestError
 from lguest_mp.supervisor import signals
+from lguest_mp.title import Title
 
 
 @dataclass(eq=False)
@@ -54,39 +57,31 @@ class Child:
         return status
 
 
-@dataclass(frozen=True)
 class Naming:
     """How the processes of one guest are called in ``ps`` and ``top``."""
 
-    guest: str
-
-    def title(self, child: str | None = None) -> str:
-        """The command line that ``ps`` shows."""
-        return f"lguest[{self.guest}]" if child is None else f"lguest[{self.guest}] {child}"
+    def __init__(self, guest: str) -> None:
+        self._guest = guest
+        self._title = Title()
 
     def take(self, child: str | None, comm: str) -> None:
         """Names this process. The comm comes second: a title sets it too, to its own beginning."""
-        from setproctitle import setproctitle  # noqa: PLC0415 -- 10 ms that the guest's CPU need not wait for
-
-        setproctitle(self.title(child))
+        self._title.set(f"lguest[{self._guest}]" if child is None else f"lguest[{self._guest}] {child}")
         prctl.set_comm(comm)
 
 
 def fork(name: str, body: Callable[[], int]) -> Child:
     """Forks a child that runs ``body`` and exits with what it returns. The body is to call :func:`keep_only` soon."""
     parent = os.getpid()
-    mask = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
     try:
         pid = os.fork()
         if pid == 0:
-            _be_child(parent, body, mask)
+            _be_child(parent, body)
         pidfd = _open_pidfd(pid)
     except OSError as error:
         raise LguestError(
             f"cannot fork {name}: {error.strerror}; the host is short of processes, memory or files"
         ) from error
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return Child(name, pid, pidfd)
 
 
@@ -99,11 +94,10 @@ def _open_pidfd(pid: int) -> int:
         raise
 
 
-def _be_child(parent: int, body: Callable[[], int], mask: set[int | signal.Signals]) -> NoReturn:
+def _be_child(parent: int, body: Callable[[], int]) -> NoReturn:
     status = worker.BUG
     try:
-        signals.reset_in_child()
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signals.unblock_in_child()
         if prctl.die_with_parent(parent):
             status = body()
     except BaseException:  # nothing of the supervisor's own may run in here
@@ -127,8 +121,10 @@ def keep_only(wanted: Iterable[int], null: int) -> None:
             os.closerange(before + 1, after)
         return
     for fd in opened - kept:
-        with contextlib.suppress(OSError):  # the listing's own
+        try:
             os.close(fd)
+        except OSError:
+            continue  # the listing's own
 
 
 def end_all(children: Sequence[Child], grace: float) -> None:

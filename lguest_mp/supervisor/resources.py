@@ -84,7 +84,7 @@ def open_all(config: GuestConfig, parts: Parts) -> Resources:
     devices = parts.open_devices(config)
     try:
         if not confinement.is_empty:
-            _import_the_rest(parts)
+            parts.load_machine()  # there may be no Python where we are going
         kernel = parts.read_kernel(config)
         memory = GuestMemory(config.memory)
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -95,13 +95,6 @@ def open_all(config: GuestConfig, parts: Parts) -> Resources:
             device.close()
         raise
     return Resources(config, parts, memory, devices, null, confinement, kernel)
-
-
-def _import_the_rest(parts: Parts) -> None:
-    """Imports now what is otherwise imported when it is needed: there may be no Python where we are going."""
-    import setproctitle  # noqa: F401, PLC0415
-
-    parts.load_machine()
 
 
 def freeze() -> None:

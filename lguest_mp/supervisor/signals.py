@@ -1,83 +1,79 @@
 """Signals, as events of the supervisor's loop.
 
-A handler only notes that its signal came; Python's wakeup descriptor makes the loop look. What the launcher's parent
-chose to ignore (``nohup``, a shell's background job) stays ignored, and everything is put back at the end, because
-handlers and masks outlive an exec.
+While the guest lives they are blocked, and read from a file descriptor (signalfd(2)): no handler runs, so none has to
+be put back. What the launcher's parent chose to ignore (``nohup``, a shell's background job) stays ignored.
 
-Children get none of it: see :func:`reset_in_child`.
+Children inherit the block, and that is what is wanted: the terminal sends ^C and hang-ups to every process in its
+foreground, and the supervisor alone decides what becomes of the others. It ends them by SIGTERM, which they unblock
+(:func:`unblock_in_child`).
 """
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
+import os
 import signal
-import socket
-from types import FrameType, TracebackType
-from typing import Any, Self
+import struct
+from types import TracebackType
+from typing import Self
 
 #: These stop the guest: orderly teardown, and then the launcher dies by the same signal.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _NOTED = (*STOPPING, signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT, signal.SIGUSR1)
-#: The terminal sends these to every process in its foreground; the supervisor decides what becomes of the others.
-_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTSTP)
+
+#: struct signalfd_siginfo begins with the signal's number, u32 (include/uapi/linux/signalfd.h).
+_SIGINFO = struct.Struct("I124x")
+#: sizeof(sigset_t) of glibc; the system call looks at the first 64 bits.
+_SIGSET_BYTES = 128
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Signals:
     """The signals of this process, while it is entered; ``fd`` is readable when one came."""
 
-    def __init__(self) -> None:
-        self._pending: set[int] = set()
-        self._before: dict[signal.Signals, Any] = {}
-
     def __enter__(self) -> Self:
-        self._reader, self._writer = socket.socketpair()
-        self._reader.setblocking(False)
-        self._writer.setblocking(False)
-        self._wakeup_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        for signum in _NOTED:
-            if signal.getsignal(signum) is not signal.SIG_IGN:
-                self._before[signum] = signal.signal(signum, self._note)
+        noted = [signum for signum in _NOTED if signal.getsignal(signum) is not signal.SIG_IGN]
         # An ignored SIGCHLD, which exec hands down, would have Linux reap our children behind our back.
-        self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        self._mask_before = signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
+        self._child_before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, noted)
+        self.fd = _signalfd(noted)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self.fd)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask_before)
-        self._reader.close()
-        self._writer.close()
-
-    @property
-    def fd(self) -> int:
-        """To be waited for."""
-        return self._reader.fileno()
+        signal.signal(signal.SIGCHLD, self._child_before)
 
     def take(self) -> set[int]:
         """The signals that came since the last call."""
-        with contextlib.suppress(BlockingIOError):
-            while self._reader.recv(512):
-                pass
-        taken = set(self._pending)
-        self._pending -= taken
-        return taken
+        taken: set[int] = set()
+        while True:
+            try:
+                infos = os.read(self.fd, 16 * _SIGINFO.size)
+            except BlockingIOError:
+                return taken
+            taken |= {signum for (signum,) in _SIGINFO.iter_unpack(infos)}
 
     def stop_process(self) -> None:
         """Stops this process as SIGTSTP does by default; returns when it is continued."""
-        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGTSTP)
-        signal.signal(signal.SIGTSTP, handler)
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        self._pending.add(signum)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
+        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
 
 
-def reset_in_child() -> None:
-    """Makes a forked child's signals its own. Call it with all signals blocked, as they were when it was forked."""
-    signal.set_wakeup_fd(-1)
-    for signum in (*_NOTED, signal.SIGCHLD):
-        signal.signal(signum, signal.SIG_IGN if signum in _TERMINAL else signal.SIG_DFL)
+def unblock_in_child() -> None:
+    """Lets a forked child be ended."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
+
+
+def _signalfd(signums: list[signal.Signals]) -> int:
+    bits = sum(1 << (signum - 1) for signum in signums)
+    mask = bits.to_bytes(_SIGSET_BYTES, "little")
+    fd: int = _libc.signalfd(-1, mask, os.O_CLOEXEC | os.O_NONBLOCK)
+    if fd < 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, f"signalfd: {os.strerror(errno)}")
+    return fd

@@ -26,7 +26,7 @@ An engine that leaves the guest's fences alone (KVM, or any real CPU) needs no m
 from __future__ import annotations
 
 import ctypes
-import threading
+from _thread import allocate_lock
 from collections.abc import Callable
 
 #: The number of membarrier(2) on x86-64 (arch/x86/entry/syscalls/syscall_64.tbl).
@@ -51,7 +51,7 @@ class LocalFence(Fence):
     """Fences this thread only, by an uncontended lock (on x86 a lock-prefixed instruction, which is a full fence)."""
 
     def __init__(self, *, guest_has_fences: bool = False) -> None:
-        lock = threading.Lock()
+        lock = allocate_lock()
         acquire, release = lock.acquire, lock.release
 
         def full() -> None:
