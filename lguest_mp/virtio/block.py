@@ -191,8 +191,6 @@ class _Server:
             RequestType.DISCARD.value: self._discard,
             RequestType.WRITE_ZEROES.value: self._write_zeroes,
         }
-        self._fallocate = ctypes.CDLL(None, use_errno=True).fallocate
-        self._fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
     def serve(self) -> None:
         queue = self._queue
@@ -301,7 +299,7 @@ class _Server:
         self._need(BlockFeature.DISCARD)
         for position, length, _ in self._ranges(views, size, MAX_DISCARD_SEG, MAX_DISCARD_SECTORS, known_flags=0):
             # A discard is a hint (5.2.6.2: "MAY deallocate"), so a file system that has no holes is no error.
-            self._try_fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, position, length)
+            _try_fallocate(self._file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, position, length)
         self._write_through()
 
     def _write_zeroes(self, sector: int, views: list[memoryview], size: int) -> None:
@@ -311,7 +309,7 @@ class _Server:
             views, size, MAX_WRITE_ZEROES_SEG, MAX_WRITE_ZEROES_SECTORS, known_flags=UNMAP
         ):
             mode = FALLOC_FL_PUNCH_HOLE if flags & UNMAP else FALLOC_FL_ZERO_RANGE
-            if not self._try_fallocate(mode | FALLOC_FL_KEEP_SIZE, position, length):
+            if not _try_fallocate(self._file, mode | FALLOC_FL_KEEP_SIZE, position, length):
                 self._zero(position, length)
         self._write_through()
 
@@ -347,19 +345,25 @@ class _Server:
                 ranges.append((position, sectors * SECTOR, flags))
         return ranges
 
-    def _try_fallocate(self, mode: int, position: int, length: int) -> bool:
-        """fallocate(2); False where the file system (or the block device, for this range) cannot do it."""
-        while self._fallocate(self._file, mode, position, length) != 0:
-            number = ctypes.get_errno()
-            if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                return False
-            if number != errno.EINTR:
-                raise OSError(number, os.strerror(number))
-        return True
-
     def _write_through(self) -> None:
         if not self._writeback:
             os.fdatasync(self._file)
+
+
+def _try_fallocate(file: int, mode: int, position: int, length: int) -> bool:
+    """fallocate(2); False where the file system (or the block device, for this range) cannot do it.
+
+    Looked up for each call, which takes far less time than what it does: few disks ever need it, and each worker
+    would pay for it with memory.
+    """
+    fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    while fallocate(file, mode, ctypes.c_int64(position), ctypes.c_int64(length)) != 0:
+        number = ctypes.get_errno()
+        if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            return False
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+    return True
 
 
 class _Refused(Exception):
@@ -454,11 +458,17 @@ def _cut_status(writable: Ranges) -> tuple[int, Ranges]:
 
 
 def _views(memory: memoryview, ranges: Ranges) -> list[memoryview]:
-    return [memory[offset : offset + length] for offset, length in ranges]
+    views = []
+    for offset, length in ranges:
+        views.append(memory[offset : offset + length])
+    return views
 
 
 def _size(ranges: Ranges) -> int:
-    return sum([length for _, length in ranges])
+    size = 0
+    for _, length in ranges:
+        size += length
+    return size
 
 
 def _split(ranges: Ranges, count: int) -> tuple[Ranges, Ranges]:

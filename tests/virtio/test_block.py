@@ -670,15 +670,9 @@ def _fail(number: int):  # type: ignore[no-untyped-def]  # noqa: ANN202
 def _without_fallocate(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """The host's fallocate(2) fails with ``number``."""
 
-    class Fallocate:
-        argtypes: tuple[type, ...] = ()
-
-        def __call__(self, *arguments: int) -> int:
-            return -1
-
     class Library:
         def __init__(self, name: None, use_errno: bool) -> None:
-            self.fallocate = Fallocate()
+            self.fallocate = lambda *_: -1
 
     monkeypatch.setattr("ctypes.CDLL", Library)
     monkeypatch.setattr("ctypes.get_errno", lambda: number)
