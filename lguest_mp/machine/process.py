@@ -16,6 +16,7 @@ from lguest_mp.cpu.unicorn.engine import UnicornEngine
 from lguest_mp.machine.pc import Pc
 from lguest_mp.machine.wiring import DevicePort
 from lguest_mp.memory import GuestMemory
+from lguest_mp.virtio import fence
 
 
 def run_machine(  # noqa: PLR0917 -- what a machine consists of
@@ -28,6 +29,8 @@ def run_machine(  # noqa: PLR0917 -- what a machine consists of
     events: socket.socket,
 ) -> None:
     """Runs the guest from its first instruction to its end, and tells the supervisor how it ended."""
+    # The workers' fences have to reach the embedded CPU, which drops the guest's own.
+    fence.register()
     pc = Pc(memory, devices, requests, events, input_fd=0, output_fd=1)
     engine = UnicornEngine(memory, pc, code_map)
     for end in code_map.machine_ends:
