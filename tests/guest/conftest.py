@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from guestkit.cache import cache_directory
 from guestkit.disk import MIB, make_sparse
 from guestkit.guest import Guest, Launch

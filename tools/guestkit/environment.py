@@ -38,9 +38,11 @@ class Environment:
     def prepare(self, extra: str = "") -> None:
         """Makes it, or brings it up to date: the package with the dependencies of ``extra`` is in it afterwards."""
         wanted = hashlib.sha256((self._checkout / "pyproject.toml").read_bytes()).hexdigest()
-        stamp = self.directory / f"prepared-{extra or 'plain'}"
+        stamp = self.directory / f"prepared-{extra}"
         with locked(self._shelf):
-            if self._works() and stamp.exists() and stamp.read_text() == wanted:
+            # Whatever the extra, the plain package is in it.
+            stamps = [stamp] if extra else self.directory.glob("prepared-*")
+            if self._works() and any(file.exists() and file.read_text() == wanted for file in stamps):
                 return
             if not self._works():
                 step(f"Making a virtual environment in {self.directory}")
@@ -62,7 +64,7 @@ class Environment:
         wheels = sorted(tree.glob("usr/share/python-wheels/pip-*.whl"))
         if not wheels:
             raise SetupError("Debian's package python3-pip-whl has no pip in it; install python3-venv and try again")
-        command = [self.python, wheels[-1] / "pip", "install", "--no-index", wheels[-1]]
+        command = [str(self.python), str(wheels[-1] / "pip"), "install", "--no-index", str(wheels[-1])]
         if subprocess.run(command, check=False, env=self._variables()).returncode != 0:
             raise SetupError("pip could not be unpacked: see its messages above")
 
@@ -75,7 +77,8 @@ class Environment:
                 source = Path(scratch) / "source"
                 shutil.copytree(self._checkout, source, ignore=shutil.ignore_patterns(".*", "*.egg-info"))
             requirement = f"{source}[{extra}]" if extra else str(source)
-            command = [self.python, "-m", "pip", "--disable-pip-version-check", "install", *editable, requirement]
+            pip = [str(self.python), "-m", "pip", "--disable-pip-version-check"]
+            command = [*pip, "install", *editable, requirement]
             # pip's long list of what is there already is no progress; its downloads and their bars are.
             if subprocess.run(command, check=False, stdout=2, env=self._variables()).returncode != 0:
                 raise SetupError("pip could not install the package: see its messages above; is there a network?")

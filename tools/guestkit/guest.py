@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from guestkit.session import PATIENCE, Session, SessionError, as_text
+from guestkit.session import PATIENCE, Session, SessionError
 
 
 class CommandFailed(AssertionError):
@@ -42,10 +42,10 @@ class Agent:
 
     def finish(self, number: int, command: str = "", seconds: float = PATIENCE) -> str:
         """Waits for the end of a command that was begun; its output."""
-        found = self._session.wait_for(rf"(?s)(.*?)\r*\n@{number} (\d+)\r*\n", seconds)
-        output = as_text(found[1])
-        if found[2] != b"0":
-            raise CommandFailed(f"{command!r} ended with {found[2].decode()}: {output}")
+        found = self._session.wait_for(rf"^@{number} (\d+)\r*\n", seconds)
+        output = found.before.removesuffix("\n")
+        if found.groups != ("0",):
+            raise CommandFailed(f"{command!r} ended with {found.groups[0]}: {output}")
         return output
 
 

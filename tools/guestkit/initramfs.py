@@ -17,8 +17,7 @@ DEFAULT_MODULES = ("virtio_pci", "virtio_console", "virtio_blk", "virtio_rng")
 def build_initramfs(kernel: Kernel, busybox: Path, script: str, further_modules: Sequence[str] = ()) -> bytes:
     """An initramfs whose ``/init`` is ``init/<script>.sh``; ``further_modules`` are there, but not loaded.
 
-    ``/modules/order`` lists all modules in an order in which they can be loaded, ``/modules/default`` those that
-    are to be.
+    ``/init-modules`` lists those that are to be loaded.
     """
     archive = CpioArchive()
     for directory in ("dev", "proc", "sys", "tmp", "run", "mnt", "root"):
@@ -29,12 +28,14 @@ def build_initramfs(kernel: Kernel, busybox: Path, script: str, further_modules:
     archive.file("bin/busybox", busybox.read_bytes(), 0o755)
     for applet in _applets(busybox):
         archive.symlink(f"bin/{applet}", "busybox")
-    default = kernel.modules(DEFAULT_MODULES)
-    modules = kernel.modules([*DEFAULT_MODULES, *further_modules])
-    for name, data in modules.items():
-        archive.file(f"modules/{name}.ko", data)
-    archive.file("modules/order", "".join(f"{name}\n" for name in modules).encode())
-    archive.file("modules/default", "".join(f"{name}\n" for name in default).encode())
+    folder = f"lib/modules/{kernel.version}"
+    dependencies = []
+    for module in kernel.modules([*DEFAULT_MODULES, *further_modules]):
+        archive.file(f"{folder}/{module.name}.ko", module.data)
+        # As depmod writes them: what is to be loaded first stands last.
+        dependencies.append(f"{module.name}.ko:" + "".join(f" {name}.ko" for name in reversed(module.needs)))
+    archive.file(f"{folder}/modules.dep", "\n".join([*dependencies, ""]).encode())
+    archive.file("init-modules", " ".join(DEFAULT_MODULES).encode())
     return archive.finish()
 
 

@@ -9,11 +9,21 @@ from __future__ import annotations
 import lzma
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from guestkit.progress import SetupError
 
 _DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module of the kernel, uncompressed, and what it needs, in an order that can be loaded."""
+
+    name: str
+    data: bytes
+    needs: tuple[str, ...]
 
 
 class Kernel:
@@ -34,26 +44,29 @@ class Kernel:
         builtin = (modules / "modules.builtin").read_text()
         self._builtin = {_module_name(Path(line)) for line in builtin.split()}
 
-    def modules(self, names: Sequence[str]) -> dict[str, bytes]:
-        """The modules ``names`` and all that they need, uncompressed, in the order in which they are to be loaded.
+    def modules(self, names: Sequence[str]) -> list[Module]:
+        """The modules ``names`` and all that they need, each after what it needs.
 
         What is built into the kernel is left out. SetupError for a module that does not exist.
         """
-        ordered: dict[str, bytes] = {}
+        ordered: dict[str, Module] = {}
         for name in names:
             self._add(name.replace("-", "_"), ordered)
-        return ordered
+        return list(ordered.values())
 
-    def _add(self, name: str, ordered: dict[str, bytes]) -> None:
+    def _add(self, name: str, ordered: dict[str, Module]) -> None:
         if name in ordered or name in self._builtin:
             return
         if name not in self._files:
             raise SetupError(f"the kernel {self.version} has no module {name}")
         data = _read(self._files[name])
         depends = _DEPENDS.search(data)
-        for needed in depends[1].decode().split(",") if depends and depends[1] else []:
-            self._add(needed.replace("-", "_"), ordered)
-        ordered[name] = data
+        needs: dict[str, None] = {}
+        for other in depends[1].decode().replace("-", "_").split(",") if depends and depends[1] else ():
+            self._add(other, ordered)
+            if other in ordered:
+                needs.update(dict.fromkeys([*ordered[other].needs, other]))
+        ordered[name] = Module(name, data, tuple(needs))
 
 
 def _module_name(path: Path) -> str:

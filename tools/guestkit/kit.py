@@ -38,3 +38,8 @@ class GuestKit:
     def initramfs(self, script: str, further_modules: Sequence[str] = ()) -> bytes:
         """An initramfs whose first process is ``init/<script>.sh``."""
         return build_initramfs(self.kernel, self.busybox, script, further_modules)
+
+    def fetch(self) -> None:
+        """Fetches all of it now."""
+        for part in (self.kernel, self.busybox, self.sysroot):
+            assert part

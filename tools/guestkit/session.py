@@ -16,12 +16,25 @@ import struct
 import termios
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 #: How long anything may take that should be quick, in seconds: generous, for machines that are busy with other things.
 PATIENCE = 120.0
+
+
+#: How long what a pattern matches may be, in bytes.
+_LONGEST_MATCH = 1000
+
+
+@dataclass(frozen=True)
+class Found:
+    """What :meth:`Session.wait_for` found: its groups, and what had been shown before it (and after the last one)."""
+
+    before: str
+    groups: tuple[str, ...]
 
 
 class SessionError(AssertionError):
@@ -86,14 +99,20 @@ class Session:
             except BlockingIOError:
                 self._read(time.monotonic() + 0.1)
 
-    def wait_for(self, pattern: str, seconds: float = PATIENCE) -> re.Match[bytes]:
-        """Waits until ``pattern`` (a regular expression, ``^`` and ``$`` at lines) appears after the last one found."""
+    def wait_for(self, pattern: str, seconds: float = PATIENCE) -> Found:
+        """Waits until ``pattern`` appears after the last one found: a regular expression for at most a few lines.
+
+        ``^`` and ``$`` are at lines; SessionError when the program ends or ``seconds`` pass before.
+        """
         regex = re.compile(pattern.encode(), re.MULTILINE)
         deadline = time.monotonic() + seconds
+        start = looked = self._seen
         while True:
-            if found := regex.search(self._output, self._seen):
-                self._seen = found.end()
-                return found
+            if match := regex.search(self._output, looked):
+                self._seen = match.end()
+                groups = tuple(as_text(group) for group in match.groups())
+                return Found(as_text(self._output[start : match.start()]), groups)
+            looked = max(looked, len(self._output) - _LONGEST_MATCH)
             if not self._read(deadline):
                 why = "it ended" if self.exit_status() is not None else f"{seconds:g} s passed"
                 raise SessionError(f"{why} before {pattern!r} appeared; it showed:\n{self.output[-4000:]}")

@@ -23,10 +23,8 @@ _DROP = (
 
 def launcher_of_nobody(directory: Path) -> list[str]:
     """The command that runs ``lguest`` as nobody, from copies in ``directory`` (which all can read); root only."""
-    setpriv = shutil.which(_DROP[0])
-    env = shutil.which("env")
-    assert setpriv, "setpriv belongs to util-linux, which every Debian has"
-    assert env
+    # setpriv still has its privileges when it executes the next program; env has none when it executes Python.
+    drop = [*(_find(name) for name in _DROP[:1]), *_DROP[1:], _find("env")]
     site = directory / "site"
     for name in _PACKAGES:
         spec = importlib.util.find_spec(name)
@@ -36,9 +34,13 @@ def launcher_of_nobody(directory: Path) -> list[str]:
             libraries = Path(source).with_name(f"{name}.libs")
             if libraries.exists():
                 shutil.copytree(libraries, site / libraries.name)
-    drop = [setpriv, *_DROP[1:]]
-    python = _interpreter(drop, directory)
-    return [*drop, env, f"PYTHONPATH={site}", *python, "-m", "lguest_mp"]
+    return [*drop, f"PYTHONPATH={site}", *_interpreter(drop, directory), "-m", "lguest_mp"]
+
+
+def _find(program: str) -> str:
+    path = shutil.which(program)
+    assert path, f"every Debian has {program}"
+    return path
 
 
 def _interpreter(drop: list[str], directory: Path) -> list[str]:

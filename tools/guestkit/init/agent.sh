@@ -23,9 +23,9 @@ agent() {
 
 dmesg -n 1
 case "$(option load all)" in
-    all) load $(cat /modules/default) ;;
+    all) modprobe -a $(cat /init-modules) ;;
     none) ;;
-    *) load $(option load none | tr , ' ') ;;
+    *) modprobe -a $(option load none | tr , ' ') ;;
 esac
 
 tty=$(option agent hvc0)

@@ -16,15 +16,6 @@ option() {
     echo "$2"
 }
 
-# load NAME...: the modules, each after what it needs (they are listed in that order)
-load() {
-    for name in $(cat /modules/order); do
-        for wanted in "$@"; do
-            [ "$name" = "$wanted" ] && ! [ -d "/sys/module/$name" ] && insmod "/modules/$name.ko"
-        done
-    done
-}
-
 # wait_for FILE: until a driver has made it; a second at most, then whoever needs it says so
 wait_for() {
     tries=100

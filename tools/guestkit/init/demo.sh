@@ -4,7 +4,7 @@
 
 . /init-common
 dmesg -n 1
-load $(cat /modules/default)
+modprobe -a $(cat /init-modules)
 wait_for /dev/hvc0 || { echo "there is no virtio console"; poweroff -f; }
 exec </dev/hvc0 >/dev/hvc0 2>&1
 

@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 
 import pytest
+
 from guestkit.disk import MIB
 from guestkit.guest import CommandFailed, Launch
 from guestkit.kit import GuestKit

@@ -1,0 +1,101 @@
+"""The terminal: what is typed and shown, its size, and that the person gets it back as it was."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from guestkit.guest import Launch
+from guestkit.kit import GuestKit
+
+
+def test_what_is_typed_goes_to_the_serial_port_until_the_console_is_ready(launch: Launch) -> None:
+    guest = launch(arguments=("quiet", "agent=ttyS0", "load=virtio_pci"))
+    guest.boot("ttyS0")
+    assert guest.run("tty") == "/dev/ttyS0\n"
+    guest.agent.start("modprobe virtio_console; wait_for /dev/hvc0; agent hvc0")
+    on_console = guest.boot("hvc0")
+    assert on_console.run("tty") == "/dev/hvc0\n"
+    guest.power_off()
+
+
+def test_every_byte_arrives_in_order(launch: Launch) -> None:
+    guest = launch()
+    guest.boot()
+    text = "".join(chr(33 + (i * 7 + i // 90) % 90) for i in range(3000)).replace("'", "+").replace("\\", "/")
+    assert guest.run(f"echo '{text}'") == text + "\n"
+    assert guest.run("seq 5000") == "".join(f"{i}\n" for i in range(1, 5001))
+    guest.power_off()
+
+
+def test_the_guest_sees_the_terminals_size_and_its_changes(launch: Launch) -> None:
+    guest = launch(columns=91, rows=33)
+    guest.boot()
+    assert guest.run("stty size") == "33 91\n"
+    guest.resize(120, 44)
+    guest.signal(signal.SIGWINCH)
+    guest.run("for i in $(seq 100); do [ \"$(stty size)\" = '44 120' ] && exit 0; usleep 100000; done; exit 1")
+    guest.power_off()
+
+
+def test_a_person_with_a_shell_has_job_control_and_an_interrupt_key(launch: Launch) -> None:
+    guest = launch()
+    guest.boot()
+    guest.agent.start("PS1='% ' setsid -c sh -i; true")
+    guest.wait_for("% ")
+    guest.type("sleep 1000\n")
+    guest.type("\x1a")
+    guest.wait_for("Stopped")
+    guest.type("fg\n")
+    guest.type("\x03")
+    guest.wait_for("% ")
+    guest.type("echo alive $((6 * 7))\n")
+    guest.wait_for("alive 42")
+    guest.type("exit\n")
+    guest.power_off()
+
+
+def test_three_interrupts_within_a_second_stop_the_guest(launch: Launch) -> None:
+    guest = launch()
+    guest.boot()
+    guest.type("\x03\x03\x03")
+    assert guest.wait() == -signal.SIGINT
+    guest.wait_until_gone(1.0)
+    assert guest.current_settings() == guest.settings
+
+
+def test_three_interrupts_stop_a_guest_before_its_console_is_ready(launch: Launch) -> None:
+    guest = launch(arguments=("quiet", "agent=ttyS0", "load=none"))
+    guest.boot("ttyS0")
+    guest.type("\x03\x03\x03")
+    assert guest.wait() == -signal.SIGINT
+    guest.wait_until_gone(1.0)
+    assert guest.current_settings() == guest.settings
+
+
+def test_the_end_of_input_is_not_the_end_of_the_guest(kit: GuestKit, initrd: Path) -> None:
+    command = [sys.executable, "-m", "lguest_mp", f"--initrd={initrd}", "128", str(kit.kernel.image), "quiet"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdin is not None
+        assert launcher.stdout is not None
+        for line in launcher.stdout:
+            if line == "agent: ready on hvc0\n":
+                launcher.stdin.write("run 1 sleep 2; echo still here; poweroff -f\n")
+                launcher.stdin.close()
+                break
+        rest = launcher.stdout.read()
+    assert "still here" in rest
+    assert launcher.returncode == 0
+
+
+def test_a_launcher_in_a_pipe_leaves_no_terminal_behind(kit: GuestKit, initrd: Path) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "lguest_mp", f"--initrd={initrd}", "128", str(kit.kernel.image), "quiet", "load=none"],
+        check=False,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        timeout=120,
+    )
+    assert finished.returncode == 0
