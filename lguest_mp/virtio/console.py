@@ -15,8 +15,8 @@ the guest:
   foreground and reads again. The guest runs on meanwhile.
 - *A non-blocking file*: other programs share our terminal's file description and may have switched it, so EAGAIN is
   answered by waiting in poll(2) on both sides.
-- *Output that goes nowhere* (a closed pipe, a full disk, a terminal that is gone): it is dropped, with one line about
-  it, and every next buffer is tried again.
+- *Output that goes nowhere* (a closed pipe, a full disk, a terminal that is gone): it is dropped, with one line for
+  each reason, and every next buffer is tried again.
 """
 
 from __future__ import annotations
@@ -105,15 +105,15 @@ class Console(Device):
             queue.flush()
 
     def _transmit(self, queue: Queue, context: WorkerContext) -> None:
-        failure = 0
+        told: set[int] = set()
         while True:
             chain = queue.wait()
             if chain.writable_ranges:
                 raise DeviceProtocolError("5.3.6.1", "a device-writable buffer in transmitq")
             error = _write(self._output, chain.readable)
-            if error and error != failure:
+            if error and error not in told:
                 context.log(f"{self.name}: output is lost: {os.strerror(error)}")
-                failure = error
+                told.add(error)
             queue.push(chain, 0)
             # Linux polls for the completion of every buffer; the next write may take long.
             queue.flush()
