@@ -36,9 +36,9 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum, auto
-from threading import Lock
 from typing import Protocol
 
 from lguest_mp.bus import msix
@@ -216,7 +216,13 @@ class VirtioPciFunction(PciFunction):
     """
 
     def __init__(
-        self, device: Device, kicks: Sequence[int], *, lock: Lock, interrupts: Interrupts, control: DeviceControl
+        self,
+        device: Device,
+        kicks: Sequence[int],
+        *,
+        lock: AbstractContextManager[object],
+        interrupts: Interrupts,
+        control: DeviceControl,
     ) -> None:
         super().__init__(
             PciIdentity(

@@ -8,8 +8,8 @@ it.
 
 **Finding the line.** An unprivileged process is not told the counter's frequency, so it is measured: pairs of
 (counter, CLOCK_MONOTONIC), each read as close together as Python can, about 200 ns. The first pair is taken when
-the machine is made; when the guest asks, several hundred milliseconds of kernel loading have usually gone by, and
-the frequency is right to about a part per million. Were it asked for at once, we would wait until a few
+the machine is made. When the guest asks, making the CPU and booting that far have usually taken a tenth of a
+second, and the frequency is right to a few parts per million. Were it asked for at once, we would wait until a few
 milliseconds have passed.
 
 **Staying on it.** The host's NTP bends CLOCK_MONOTONIC against the counter all the time, so the line is drawn anew:
@@ -22,8 +22,8 @@ half a second is it set right in one step, forwards.
 **What is not mended.** While the host is suspended, CLOCK_MONOTONIC stands still. Guests do the same, more or less:
 a counter that went on meanwhile carries the guest's clock with it (which is then simply ahead of CLOCK_MONOTONIC
 from there on), one that stood still does not. A counter that starts from zero when the host resumes makes the
-guest's clock wrong until the next line is drawn, which begins at the last time that was published. A guest that is
-moved to another host is not a thing that this machine does.
+guest's clock wrong until the next line is drawn, which begins at the last time that was published. A kernel without
+support for KVM's clock has nothing here to calibrate its own against, and does not come up.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ Several sources can share a wire, as PCI's do: whoever drives it combines them (
 
 from __future__ import annotations
 
-from threading import Lock
 from typing import Protocol
 
 from lguest_mp.machine.layout import IO_APIC_PINS
+from lguest_mp.machine.lock import BoardLock
 
 #: Redirection entry (82093AA, 3.2.4).
 _LOGICAL = 1 << 11
@@ -45,7 +45,7 @@ class InterruptBus(Protocol):
 class IoApic:
     """The I/O APIC of the machine, its registers in one page."""
 
-    def __init__(self, lock: Lock, bus: InterruptBus) -> None:
+    def __init__(self, lock: BoardLock, bus: InterruptBus) -> None:
         self._lock = lock
         self._bus = bus
         self._select = 0

@@ -12,8 +12,8 @@ The class of a vector is its upper four bits. The CPU gets the highest vector of
 what is in service and above the task priority; :attr:`LocalApic.pending` is that answer, kept up to date with every
 change, so that asking for it costs nothing and takes no lock.
 
-Everything here changes under one lock that the whole platform shares. Methods that say so expect it to be held; all
-others take it. The CPU is kicked with the lock held: a kick must not wait for anybody who takes an interrupt.
+Everything here changes under the board's lock (``lock.py``). Methods that say so expect it to be held; all others take
+it.
 
 There is one CPU, so messages for others go nowhere, and INIT, start-up, SMI and NMI messages, which would need a CPU
 that can do something with them, are ignored. LINT0 and LINT1 have no wires.
@@ -24,10 +24,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from enum import IntEnum
-from threading import Lock
 from typing import Protocol
 
 from lguest_mp.machine.layout import LOCAL_APIC_BASE
+from lguest_mp.machine.lock import BoardLock
 
 #: How often the timer's counter counts before it is divided, per second (one per nanosecond).
 BUS_HZ = 1_000_000_000
@@ -132,13 +132,12 @@ class LocalApic:
     """The local APIC of the one CPU, whose APIC ID is 0."""
 
     def __init__(
-        self, lock: Lock, timer: Timer, clock: TscClock, monotonic_ns: Callable[[], int] = time.monotonic_ns
+        self, lock: BoardLock, timer: Timer, clock: TscClock, monotonic_ns: Callable[[], int] = time.monotonic_ns
     ) -> None:
         self._lock = lock
         self._timer = timer
         self._clock = clock
         self._now = monotonic_ns
-        self._kick: Callable[[], None] = _nobody
         self._broadcast_eoi: Callable[[int], None] = _nobody_listens
         #: Whether the CPU would be given a vector now. May be read without the lock.
         self.pending = False
@@ -167,12 +166,8 @@ class LocalApic:
         self._timer.disarm()
         self.pending = False
 
-    def connect(self, kick: Callable[[], None], broadcast_eoi: Callable[[int], None]) -> None:
-        """Who is told that an interrupt is pending, and that a level-triggered vector has ended.
-
-        Both are called with the lock held.
-        """
-        self._kick = kick
+    def connect(self, broadcast_eoi: Callable[[int], None]) -> None:
+        """Who is told, with the lock held, that a level-triggered vector has ended."""
         self._broadcast_eoi = broadcast_eoi
 
     # What arrives
@@ -242,7 +237,7 @@ class LocalApic:
         self.pending = self._irr != 0 and (self._irr.bit_length() - 1) >> 4 > self._priority() >> 4
         if self.pending and not was_pending:
             # Once is enough: the CPU looks until it has taken it.
-            self._kick()
+            self._lock.kick_wanted = True
 
     # What the CPU does
 
@@ -477,10 +472,6 @@ class LocalApic:
             else:
                 self.page = -1
                 self._reset()
-
-
-def _nobody() -> None:
-    """Before the CPU is connected."""
 
 
 def _nobody_listens(_vector: int) -> None:

@@ -45,6 +45,7 @@ from lguest_mp.machine.layout import (
     SERIAL_IRQ,
     SERIAL_PORT,
 )
+from lguest_mp.machine.lock import BoardLock
 from lguest_mp.machine.power import GuestEnd
 from lguest_mp.machine.serial import SerialPort
 from lguest_mp.machine.stdio import StandardInput, StandardOutput
@@ -62,8 +63,8 @@ _WINDOW_MASK = (1 << WINDOW_SHIFT) - 1
 #: How long one thread may keep the interpreter from the other, seconds (Python's default is 5 ms).
 _SWITCH_INTERVAL = 0.0005
 #: Linux's console driver reads the terminal's size when it hears that the configuration changed, and not before; so we
-#: tell it once, this many seconds after it started. Not at once: while its probe is under way it has no port yet.
-_SIZE_NEWS = 0.5
+#: tell it, so many seconds after it started. Not just at once: while its probe is under way it has no port yet.
+_SIZE_NEWS = (0.02, 0.1, 0.5)
 #: How long output that the terminal does not take is waited for at the end, seconds.
 _LAST_WORDS = 1.0
 
@@ -168,10 +169,11 @@ class Pc:
         self._engine: Engine | None = None
         self._loop = EventLoop()
 
-        lock = threading.Lock()
+        self._lock = lock = BoardLock()
         self._timer = HostTimer()
         self._local_apic = LocalApic(lock, self._timer, self._host_clock)
         self._io_apic = IoApic(lock, self._local_apic)
+        self._local_apic.connect(self._io_apic.end_of_interrupt)
         self._output = StandardOutput(output_fd, self._loop)
         self._serial = SerialPort(lock, self._output, lambda line: self._io_apic.set_line(SERIAL_IRQ, line))
         self._output.on_idle = self._serial.idle
@@ -221,7 +223,8 @@ class Pc:
 
         def after_start() -> None:
             if is_console:
-                self._loop.call_later(_SIZE_NEWS, lambda: self._functions[index].config_changed(0, b""))
+                for delay in _SIZE_NEWS:
+                    self._loop.call_later(delay, lambda: self._functions[index].config_changed(0, b""))
 
         def after_reset() -> None:
             # News of the life that has just ended must not reach the next one: what the supervisor said before it
@@ -389,7 +392,7 @@ class Pc:
     def run(self, engine: Engine, entry: EntryState) -> None:
         """Runs the guest on this thread until it ends, and tells the supervisor how it did."""
         self._engine = engine
-        self._local_apic.connect(engine.kick, self._io_apic.end_of_interrupt)
+        self._lock.kick = engine.kick
         engine.enter(entry)
         switch_interval = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_INTERVAL)

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from threading import Lock
 from typing import Protocol
 
 from lguest_mp.bus.pci import ALL_ONES
+from lguest_mp.machine.lock import BoardLock
 
 # Registers, by offset from the first port.
 _DATA, _IER, _IIR, _LCR, _MCR, _LSR, _MSR, _SCRATCH = range(8)
@@ -76,7 +76,7 @@ class Output(Protocol):
 class SerialPort:
     """The port. ``read`` and ``write`` are the CPU thread's, :meth:`receive` and :meth:`idle` the event loop's."""
 
-    def __init__(self, lock: Lock, output: Output, set_line: Callable[[bool], None]) -> None:
+    def __init__(self, lock: BoardLock, output: Output, set_line: Callable[[bool], None]) -> None:
         """``set_line`` drives the port's interrupt wire; it is called with the lock held."""
         self._lock = lock
         self._output = output

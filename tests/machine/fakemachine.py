@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from threading import Lock
 
 from lguest_mp.machine.ioapic import IoApic
 from lguest_mp.machine.lapic import LocalApic
+from lguest_mp.machine.lock import BoardLock
 
 #: The local APIC's registers, by the SDM's names (3A, table 11-1).
 ID, VERSION, TPR, PPR, EOI, LDR, DFR, SVR = 0x20, 0x30, 0x80, 0xA0, 0xB0, 0xD0, 0xE0, 0xF0
@@ -58,7 +58,7 @@ class FakeTimer:
 class Board:
     """A local APIC and an I/O APIC, wired up, with the software enable bit set."""
 
-    lock: Lock = field(default_factory=Lock)
+    lock: BoardLock = field(default_factory=BoardLock)
     time: FakeTime = field(default_factory=FakeTime)
     timer: FakeTimer = field(default_factory=FakeTimer)
     kicks: int = 0
@@ -66,10 +66,12 @@ class Board:
     def __post_init__(self) -> None:
         self.apic = LocalApic(self.lock, self.timer, self.time, self.time)
         self.io_apic = IoApic(self.lock, self.apic)
-        self.apic.connect(self._kick, self.io_apic.end_of_interrupt)
+        self.apic.connect(self.io_apic.end_of_interrupt)
+        self.lock.kick = self._kick
         self.write(SVR, ENABLED)
 
     def _kick(self) -> None:
+        assert not self.lock.locked()
         self.kicks += 1
 
     def read(self, register: int) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from threading import Lock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lguest_mp.machine.lock import BoardLock
 from lguest_mp.machine.serial import SerialPort
 
 PORT = 0x3F8
@@ -39,7 +39,7 @@ class Port:
         self.line = False
         self.edges = 0
         self.rooms = 0
-        self.serial = SerialPort(Lock(), self.output, self._set_line)
+        self.serial = SerialPort(BoardLock(), self.output, self._set_line)
         self.serial.on_room = self._room
 
     def _set_line(self, line: bool) -> None:
