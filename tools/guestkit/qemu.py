@@ -1,0 +1,49 @@
+"""The same guest under QEMU without KVM, to compare with: the same kernel, initramfs and memory, one CPU."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from guestkit.guest import Agent
+from guestkit.progress import SetupError
+from guestkit.session import Session
+
+
+class QemuGuest(Session):
+    """QEMU with one guest and its agent; nothing but what is named here is in its PC."""
+
+    def __init__(
+        self,
+        *,
+        kernel: Path,
+        initrd: Path,
+        cpu: str = "qemu64",
+        disk: Path | None = None,
+        memory: int = 256,
+        arguments: Sequence[str] = ("quiet",),
+    ) -> None:
+        command = [_program(), "-accel", "tcg", "-M", "pc", "-cpu", cpu, "-m", str(memory)]
+        command += ["-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"]
+        command += ["-kernel", str(kernel), "-initrd", str(initrd)]
+        command += ["-append", " ".join(["console=ttyS0", *arguments])]
+        if disk:
+            command += ["-drive", f"file={disk},if=none,id=disk,format=raw,cache=writeback"]
+            command += ["-device", "virtio-blk-pci,drive=disk,disable-legacy=on"]
+        super().__init__(command)
+        self.agent = Agent(self)
+
+
+def version() -> str:
+    """QEMU's version, as it says it."""
+    shown = subprocess.run([_program(), "--version"], check=True, capture_output=True, text=True).stdout
+    return shown.splitlines()[0]
+
+
+def _program() -> str:
+    program = shutil.which("qemu-system-x86_64")
+    if program is None:
+        raise SetupError("qemu-system-x86_64 is not here to compare with: apt-get install qemu-system-x86")
+    return program
