@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from functools import partial
 
 from lguest_mp.codemap import MAX_DATAGRAM, CodeMap, parse_request
 from lguest_mp.config import GuestConfig
@@ -34,7 +35,7 @@ def run_machine(  # noqa: PLR0917 -- what a machine consists of
     pc = Pc(memory, devices, requests, events, input_fd=0, output_fd=1)
     engine = UnicornEngine(memory, pc, code_map)
     for end in code_map.machine_ends:
-        pc.add_reader(end.fileno(), lambda end=end: _forget_code(end, engine, code_map.pages))
+        pc.add_reader(end.fileno(), partial(_forget_code, end, engine, code_map.pages))
     pc.run(engine, entry)
 
 
