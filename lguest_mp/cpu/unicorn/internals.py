@@ -59,6 +59,9 @@ _ENV_CSTAR = 0x12F0
 _ENV_FMASK = 0x12F8
 _ENV_UC = 0x1B58
 
+#: UC_X86_REG_RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 to R15: the order of env->regs.
+_GENERAL_REGISTERS = (35, 38, 40, 37, 44, 36, 43, 39, *range(106, 114))
+
 #: Function of the library -> entry of native.S that takes its place.
 _REPLACED = {
     "x86_cpu_exec_interrupt_x86_64": "exec_interrupt",
@@ -258,8 +261,7 @@ class Internals:
             raise _unknown(self._library, "the CPU's structures are laid out differently")
         magic = 0x5A17_0000_1000_0000
         checks: list[tuple[int, int, int]] = []
-        registers = (35, 38, 40, 37, 44, 36, 43, 39, *range(106, 114))  # UC_X86_REG_RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8…R15
-        for number, register in enumerate(registers):
+        for number, register in enumerate(_GENERAL_REGISTERS):
             self._write_register(register, magic + number)
             checks.append((self._env + _ENV_REGS + 8 * number, magic + number, 0))
         for index, offset in ((0xC000_0081, _ENV_STAR), (0xC000_0082, _ENV_LSTAR), (0xC000_0083, _ENV_CSTAR)):
@@ -274,7 +276,7 @@ class Internals:
                 raise _unknown(self._library, f"a register is not at {address - self._env:#x}")
         if u64(self._env + _ENV_EFER).value & 0x500 != 0x500:
             raise _unknown(self._library, "EFER is elsewhere")
-        for register in registers:
+        for register in _GENERAL_REGISTERS:
             self._write_register(register, 0)
         for _, _, index in checks:
             if index:
