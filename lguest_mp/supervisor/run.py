@@ -37,7 +37,9 @@ def run(config: GuestConfig, parts: Parts, grace: float = GRACE) -> Ending:
 
 
 def _describe(config: GuestConfig, devices: list[Device], reboots: int) -> None:
-    say(f"guest {config.name}: {config.memory >> 20} MiB of memory, kernel {config.kernel}, reboots: {reboots}")
+    say(f"guest {config.name}: {config.memory >> 20} MiB of memory, kernel {config.kernel}")
+    if reboots:
+        say(f"reboot {reboots}")
     if config.initrd is not None:
         say(f"initrd {config.initrd}")
     for index, device in enumerate(devices):

@@ -1,0 +1,69 @@
+"""Starting launchers whose guest is a scenario of ``fake_guest``, each on a terminal of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+from guestkit.session import Session
+
+FAKE_GUEST = Path(__file__).with_name("fake_guest.py")
+#: Generous: what is waited for takes milliseconds, on a machine that may be busy.
+PATIENCE = 30.0
+
+
+class Launched(Session):
+    """A launcher in a session of its own. Its ``kernel`` need not exist."""
+
+    def __init__(
+        self,
+        scenario: str,
+        *options: str,
+        kernel: str = "kernel",
+        arguments: tuple[str, ...] = (),
+        launcher: tuple[str, ...] = (sys.executable, str(FAKE_GUEST)),
+    ) -> None:
+        super().__init__([*launcher, scenario, *options, "--name=test", "16", kernel, *arguments])
+
+    def finish(self) -> int:
+        """Waits for its end and for the end of all its processes; the exit status."""
+        status = self.wait(PATIENCE)
+        self.wait_until_gone(PATIENCE)
+        assert self.current_settings() == self.settings, "the terminal is the user's again"
+        return status
+
+    def wait_until_up(self) -> dict[str, int]:
+        """Waits for the scenario ``hang`` to have everything running; the PIDs of its processes."""
+        cpu, receiveq, transmitq, block = map(int, self.wait_for(r"^up (\d+) (\d+) (\d+) (\d+)", PATIENCE).groups)
+        return {"cpu": cpu, "console/receiveq": receiveq, "console/transmitq": transmitq, "block0/requestq": block}
+
+    @property
+    def lines(self) -> list[str]:
+        """What the launcher itself said, without its name in front."""
+        prefix = "lguest: "
+        return [line.removeprefix(prefix) for line in self.output.splitlines() if line.startswith(prefix)]
+
+
+class Launch(Protocol):
+    """Starts a launcher that is gone after the test."""
+
+    def __call__(
+        self,
+        scenario: str,
+        *options: str,
+        kernel: str = ...,
+        arguments: tuple[str, ...] = ...,
+        launcher: tuple[str, ...] = ...,
+    ) -> Launched: ...
+
+
+def open_files(pid: int) -> dict[int, str]:
+    """What a process has open: what each file descriptor refers to."""
+    found = {}
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):  # what the directory was listed with
+            found[int(name)] = os.readlink(f"/proc/{pid}/fd/{name}")
+    return found

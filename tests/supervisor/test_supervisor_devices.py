@@ -1,0 +1,59 @@
+"""The lives of devices and their workers, as a driver decides them."""
+
+from __future__ import annotations
+
+import pytest
+from launching import Launch
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        "resets",
+        "resets_under_load",
+        "resets_of_nothing",
+        "queue_resets",
+        "stubborn_worker",
+        "stubborn_worker_at_the_end",
+    ],
+)
+def test_a_reset_is_done_when_the_workers_are_gone(launch: Launch, scenario: str) -> None:
+    """Each scenario checks it from the machine's side; a failed assertion would be a dead guest."""
+    launcher = launch(scenario)
+    assert launcher.finish() == 0, launcher.output
+    assert launcher.lines == []
+
+
+def test_a_broken_device_is_one_line_and_nobody_else_notices(launch: Launch) -> None:
+    launcher = launch("broken_device")
+    assert launcher.finish() == 0, launcher.output
+    assert launcher.lines == [
+        "console/receiveq: a descriptor?[2J beyond all (virtio 1.2, 2.7.5); the device needs a reset"
+    ]
+
+
+def test_a_worker_says_something(launch: Launch) -> None:
+    launcher = launch("log")
+    assert launcher.finish() == 0, launcher.output
+    short, long = launcher.lines
+    assert short == "block0: a word"
+    assert set(long) == {"x"}
+    assert len(long) <= 1000
+
+
+def test_verbose_tells_what_happens(launch: Launch) -> None:
+    launcher = launch("queue_resets", "--verbose", "--initrd=some.img")
+    assert launcher.finish() == 0, launcher.output
+    told = "\n".join(launcher.lines)
+    for words in (
+        "guest test: 16 MiB of memory, kernel kernel",
+        "initrd some.img",
+        "device 0: console",
+        "device 1: block0",
+        "the guest begins at 0x1000000",
+        "device console OK: offered 0x20 and the bus's, accepted 0x20",
+        "console/transmitq is process ",
+        "resetting queue transmitq of device console",
+        "the guest powered off",
+    ):
+        assert words in told

@@ -1,0 +1,164 @@
+"""The command line, as getopt_long(3) reads it, and what the program says when it is wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lguest_mp import __version__, cli
+from lguest_mp.config import BlockConfig, GuestConfig, RngConfig
+from lguest_mp.errors import LguestError
+
+
+def test_a_guest_of_memory_and_kernel() -> None:
+    assert cli.parse(["256", "vmlinuz"]) == GuestConfig(str(os.getpid()), 256 << 20, Path("vmlinuz"))
+
+
+def test_everything_at_once() -> None:
+    config = cli.parse(
+        [
+            *("-v", "--name=demo", "--block=a.img", "--rng", "--block", "b.img", "--initrd=first", "--initrd=i.img"),
+            *("--username=nobody", "--chroot=/srv", "--cpu=unicorn", "--machine=pc"),
+            *("64", "vmlinux", "root=/dev/vda", "quiet"),
+        ]
+    )
+    assert config == GuestConfig(
+        name="demo",
+        memory=64 << 20,
+        kernel=Path("vmlinux"),
+        initrd=Path("i.img"),
+        arguments=("root=/dev/vda", "quiet"),
+        devices=(BlockConfig(Path("a.img")), RngConfig(), BlockConfig(Path("b.img"))),
+        username="nobody",
+        chroot=Path("/srv"),
+        verbose=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--rng", "256", "vmlinuz", "quiet"],
+        ["256", "--rng", "vmlinuz", "quiet"],
+        ["256", "vmlinuz", "--rng", "quiet"],
+        ["256", "vmlinuz", "quiet", "--rng"],
+        ["256", "vmlinuz", "quiet", "--rn"],
+        ["--rng", "--", "256", "vmlinuz", "quiet"],
+    ],
+)
+def test_options_stand_anywhere(arguments: list[str]) -> None:
+    config = cli.parse(arguments)
+    assert config.devices == (RngConfig(),)
+    assert config.arguments == ("quiet",)
+
+
+def test_behind_two_dashes_everything_is_the_kernels() -> None:
+    config = cli.parse(["256", "vmlinuz", "root=/dev/vda", "--", "--rng", "-v", "--", "-b"])
+    assert config.arguments == ("root=/dev/vda", "--rng", "-v", "--", "-b")
+    assert not config.devices
+    assert not config.verbose
+
+
+def test_one_dash_is_an_argument() -> None:
+    assert cli.parse(["256", "vmlinuz", "-"]).arguments == ("-",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "the memory is missing"),
+        (["256"], "the kernel is missing"),
+        (["--nonsense", "256", "vmlinuz"], "--nonsense not recognized"),
+        (["-x", "256", "vmlinuz"], "-x not recognized"),
+        (["--ver", "256", "vmlinuz"], "--ver not a unique prefix"),
+        (["256", "vmlinuz", "--block"], "--block requires argument"),
+        (["--rng=yes", "256", "vmlinuz"], "--rng must not have an argument"),
+        (["--cpu=kvm", "256", "vmlinuz"], "--cpu=kvm is unknown; there is unicorn"),
+        (["--machine=lguest", "256", "vmlinuz"], "--machine=lguest is unknown; there is pc"),
+    ],
+)
+def test_what_is_no_command_line(arguments: list[str], words: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 2
+    output, errors = capfd.readouterr()
+    assert not output
+    assert words in errors
+    assert errors.startswith("lguest: ")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", ["many", "0x100", "-0", "25.6", "256M", " 256", "²", "9" * 10, ""])
+def test_what_is_no_memory_size(size: str) -> None:
+    with pytest.raises(LguestError, match="is no memory size; give whole MiB"):
+        cli.parse(["--", size, "vmlinuz"])
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a/b", "a]", "ä", "x" * 65])
+def test_what_is_no_name(name: str) -> None:
+    with pytest.raises(LguestError, match="a name has 1 to 64 letters, digits"):
+        cli.parse([f"--name={name}", "256", "vmlinuz"])
+
+
+@pytest.mark.parametrize("option", ["--block=", "--initrd=", "--chroot="])
+def test_a_file_without_a_name(option: str) -> None:
+    with pytest.raises(LguestError, match="give a file"):
+        cli.parse([option, "256", "vmlinuz"])
+
+
+def test_a_network_is_not_in_this_version(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--tunnet=192.168.0.1", "256", "vmlinuz"]) == 1
+    assert "networking is not in this version" in capfd.readouterr().err
+
+
+def test_help_names_every_option(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    output, errors = capfd.readouterr()
+    assert not errors
+    for option in ("verbose", "tunnet", "block", "rng", "initrd", "username", "chroot", "name", "cpu", "machine"):
+        assert f"--{option}" in output
+    assert all(len(line) <= 120 for line in output.splitlines())
+
+
+def test_version(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capfd.readouterr().out == f"lguest {__version__}\n"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lguest_mp", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+def test_a_kernel_that_does_not_exist_is_one_line() -> None:
+    result = run("256", "/no/such/kernel")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr == "lguest: cannot open kernel /no/such/kernel: No such file or directory\n"
+
+
+def test_a_disk_that_does_not_exist_is_one_line() -> None:
+    result = run("--block=/no/such/disk", "256", "/no/such/kernel")
+    assert result.returncode == 1
+    assert result.stderr.startswith("lguest: ")
+    assert "/no/such/disk" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", ["0", "1", "999999999"])
+def test_a_memory_size_that_makes_no_sense_is_one_line(size: str) -> None:
+    result = run(size, "/no/such/kernel")
+    assert result.returncode == 1
+    assert result.stderr.startswith("lguest: ")
+    assert "memory" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_help_imports_no_more_than_the_command_line() -> None:
+    """Its time is the start-up time of everything."""
+    code = "import sys; from lguest_mp import cli; cli.parse(['1', 'k']); print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    heavy = {"unicorn", "psutil", "elftools", "lz4", "zstandard", "setproctitle", "logging", "threading", "ctypes"}
+    assert not heavy & set(modules)
