@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tinymachine import CODE, DATA, GDT, PAGE_TABLES, Exit, Machine
+from tinymachine import CODE, DATA, GDT, PAGE_TABLES, RAM, Exit, Machine
 
 from lguest_mp.cpu.engine import EntryState, GuestFault, GuestHalted
-from lguest_mp.memory import PAGE_SIZE
+from lguest_mp.memory import HIGH_RAM_BASE, LOW_RAM_LIMIT, PAGE_SIZE
 
 Assemble = Callable[[str], bytes]
 
@@ -392,3 +392,14 @@ def test_a_devices_write_is_executed_after_forget_code(machine: Machine, assembl
 
     machine.platform.on_output[0x20] = device_writes
     assert machine.run() == 0x4433
+
+
+def test_code_above_4_gib_is_marked_where_it_lies_in_the_mapping(assemble: Assemble) -> None:
+    machine = Machine(LOW_RAM_LIMIT + RAM)
+    try:
+        machine.load(assemble("init; mov rax, 0x100000000; call rax; exit"))
+        machine.load(_FUNCTIONS, HIGH_RAM_BASE)
+        assert machine.run() == 1
+        assert machine.code_map.marks[LOW_RAM_LIMIT // PAGE_SIZE] == 1
+    finally:
+        machine.engine.close()

@@ -74,8 +74,8 @@ class RecordingPlatform:
 class Machine:
     """Engine, memory and platform of one test."""
 
-    def __init__(self) -> None:
-        self.memory = GuestMemory(RAM)
+    def __init__(self, ram: int = RAM) -> None:
+        self.memory = GuestMemory(ram)
         self.platform = RecordingPlatform()
         self.code_map = CodeMap(self.memory, 0)
         self.engine = UnicornEngine(self.memory, self.platform, self.code_map)
@@ -91,7 +91,8 @@ class Machine:
         write(tss, struct.pack("<IQ", 0, STACK) + bytes(90) + struct.pack("<H", 0x68))
         pml4, pdpt, directory = PAGE_TABLES, PAGE_TABLES + 0x1000, PAGE_TABLES + 0x2000
         write(pml4, struct.pack("<Q", pdpt | 7))
-        write(pdpt, struct.pack("<4Q", directory | 7, directory | 7 | 1 << 63, (2 << 30) | 0x83, (3 << 30) | 0x83))
+        low, alias, *others = directory | 7, directory | 7 | 1 << 63, *(page << 30 | 0x83 for page in (2, 3, 4))
+        write(pdpt, struct.pack("<5Q", low, alias, *others))
         write(directory, b"".join(struct.pack("<Q", page << 21 | 0x87) for page in range(512)))
         self.idt_limit = 0x1000 - 1
 
