@@ -336,8 +336,8 @@ class Queue:
     def _straight_chain(self, head: int, address: int, length: int) -> Chain | None:
         """The chain in an indirect table as Linux lays it out, one descriptor after the other; None for any other.
 
-        This is the walk of :meth:`_chain` with the loops in C: one copy of the table, and of its flags and nexts only
-        one look, whether they are the same as in some table before. Whoever gets None walks, and copies anew.
+        It is what the walk of :meth:`_chain` comes to: the whole table is copied at once, and its flags and nexts are
+        only compared with those of tables before. Whoever gets None walks, and copies anew.
         """
         entries = length // 16
         if length % 16 or not 0 < entries <= self.size or not self._indirect:
@@ -346,11 +346,14 @@ class Queue:
         readable = self._straight(table[2::3])
         if readable is None:
             return None
-        lengths = table[1::3]
-        if sum(lengths) > MAX_CHAIN_BYTES:
-            return None
         locate = self._memory.offset
-        ranges = [(locate(address, length), length) for address, length in zip(table[0::3], lengths)]  # noqa: B905
+        ranges = []
+        total = 0
+        for start, size in zip(table[0::3], table[1::3]):  # noqa: B905 -- as long as each other
+            ranges.append((locate(start, size), size))
+            total += size
+        if total > MAX_CHAIN_BYTES:
+            return None
         return Chain(self._view, head, ranges[:readable], ranges[readable:])
 
     def _indirect_table(self, address: int, length: int, flags: int) -> tuple[int, int]:
