@@ -81,8 +81,13 @@ BATCH = 16
 #: Where the fence does not reach the guest: how long to sleep, in milliseconds, before looking again, each time.
 RECHECKS = (1, 20)
 
-#: How many shapes of indirect tables are remembered; a driver has few.
+#: How many shapes of indirect tables are remembered; a driver has few. (The caches are made at import, before anything
+#: is forked: making them touches 150 KiB of memory that workers otherwise share.)
 CACHED = 64
+
+#: As plain numbers: an operation on flags makes a new flag of them, 70 KiB for a worker.
+_EVENT_IDX = int(Feature.RING_EVENT_IDX)
+_INDIRECT_DESC = int(Feature.RING_INDIRECT_DESC)
 
 #: One descriptor: address, length, flags, next.
 _read_descriptor = struct.Struct("<QIHH").unpack_from
@@ -153,8 +158,8 @@ class Queue:
         self._call = call
         self._watch = watch
         self._fence = fence or fences.strongest()
-        self._event_idx = bool(features & Feature.RING_EVENT_IDX)
-        self._indirect = bool(features & Feature.RING_INDIRECT_DESC)
+        self._event_idx = bool(features & _EVENT_IDX)
+        self._indirect = bool(features & _INDIRECT_DESC)
 
         self._descriptors = _place(memory, "descriptor table", layout.descriptor_table, 16 * size, 16)
         available = _place(memory, "available ring", layout.available_ring, 6 + 2 * size, 2)
@@ -177,9 +182,6 @@ class Queue:
         #: Used ring entries that are not published yet, and what was written for them (with a watch only).
         self._completed: list[int] = []
         self._written: list[tuple[int, int]] = []
-        # Caches: how to copy a table of so many descriptors, and what the shapes of such tables mean.
-        self._table = functools.lru_cache(CACHED)(_table_reader)
-        self._straight = functools.lru_cache(CACHED)(_readable_in_straight_table)
         self._suppress_notifications()
 
     def wait(self) -> Chain:
@@ -342,8 +344,8 @@ class Queue:
         entries = length // 16
         if length % 16 or not 0 < entries <= self.size or not self._indirect:
             return None
-        table = self._table(entries)(self._view, self._memory.offset(address, length))
-        readable = self._straight(table[2::3])
+        table = _table_reader(entries)(self._view, self._memory.offset(address, length))
+        readable = _readable_in_straight_table(table[2::3])
         if readable is None:
             return None
         locate = self._memory.offset
@@ -370,11 +372,13 @@ class Queue:
         return self._memory.offset(address, length), length // 16
 
 
+@functools.lru_cache(CACHED)
 def _table_reader(entries: int) -> Callable[[memoryview, int], tuple[int, ...]]:
     """Copies ``entries`` descriptors at once: address, length, flags with next in the upper half; each in turn."""
     return struct.Struct("<" + "QII" * entries).unpack_from
 
 
+@functools.lru_cache(CACHED)
 def _readable_in_straight_table(shape: tuple[int, ...]) -> int | None:
     """How many descriptors of an indirect table are device-readable, from its flags and nexts.
 
