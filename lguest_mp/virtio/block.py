@@ -181,7 +181,7 @@ class _Server:
         self._failures = _Failures(disk.name, context.log)
         self._nowait = os.RWF_NOWAIT
         # Without FLUSH a completed write has to be stable (5.2.6.2, case 1).
-        self._writeback = bool(queue.features & BlockFeature.FLUSH)
+        self._writeback = bool(queue.features & BlockFeature.FLUSH.value)
         self._write_flags = 0 if self._writeback else os.RWF_DSYNC
         # By type: those that fill the writable part (and say how much of it), and those that take the readable part.
         self._fills = {RequestType.IN.value: self._in, RequestType.GET_ID.value: self._get_id}
@@ -321,7 +321,7 @@ class _Server:
 
     def _need(self, feature: BlockFeature) -> None:
         """What was not negotiated is not known; a read-only disk offers neither of the two features."""
-        if not self._queue.features & feature:
+        if not self._queue.features & feature.value:  # a number: a flag of the result would have to be made
             raise _Refused(S_UNSUPP)
         self._queue.flush()
 
