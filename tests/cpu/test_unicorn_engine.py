@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tinymachine import CODE, DATA, GDT, PAGE_TABLES, RAM, Exit, Machine
+from tinymachine import CODE, DATA, EXIT_PORT, GDT, PAGE_TABLES, RAM, Exit, Machine
 
 from lguest_mp.cpu.engine import EntryState, GuestFault, GuestHalted
 from lguest_mp.memory import HIGH_RAM_BASE, LOW_RAM_LIMIT, PAGE_SIZE
@@ -293,6 +293,31 @@ def test_no_interrupt_is_lost_under_load(machine: Machine, assemble: Assemble) -
         done.set()
         wanted.release()
         thread.join()
+
+
+def test_an_interrupt_that_comes_together_with_a_job_is_not_lost(machine: Machine, assemble: Assemble) -> None:
+    # The guest is in a loop of linked blocks, so that it looks up once: for both.
+    machine.load(assemble("init; sti; out 0x20, al; 1: jmp 1b; .balign 256; mov eax, 1; exit"))
+    machine.set_gate(0x41, CODE + 256)
+
+    def both() -> None:
+        machine.platform.interrupts.append(0x41)
+        machine.engine.call(lambda: None)
+
+    def give_up() -> None:
+        machine.platform.port_write(EXIT_PORT, 4, 0)
+
+    timers = [threading.Timer(0.1, both), threading.Timer(5, machine.engine.call, (give_up,))]
+
+    def start(_value: int) -> None:
+        for timer in timers:
+            timer.start()
+
+    machine.platform.on_output[0x20] = start
+    assert machine.run() == 1
+    for timer in timers:
+        timer.cancel()
+        timer.join()
 
 
 def test_a_job_reaches_a_guest_that_is_stuck_with_interrupts_off(machine: Machine, assemble: Assemble) -> None:

@@ -113,13 +113,17 @@ on_invalid:
         ret
 
 /* bool exec_interrupt(cs, request), in place of x86_cpu_exec_interrupt: between two blocks, with something wanted.
-   True when the program flow or the translations changed. */
+   True when the program flow or the translations changed. Both a job and an interrupt may be wanted, and the flag that
+   brought us here is spent: whatever is not looked at now may not be looked at again. */
         .globl exec_interrupt
 exec_interrupt:
-        sub     rsp, 8
+        push    rbx
+        xor     ebx, ebx
         cmp     dword ptr [rip + jobs_wanted], 0
-        jne     1f
-        mov     rdi, [rip + cpu_env]
+        je      1f
+        call    [rip + python_jobs]
+        mov     ebx, 1
+1:      mov     rdi, [rip + cpu_env]
         test    dword ptr [rdi + ENV_EFLAGS], IF_MASK
         jz      2f
         test    dword ptr [rdi + ENV_HFLAGS], HF_INHIBIT_IRQ
@@ -131,13 +135,9 @@ exec_interrupt:
         mov     esi, eax
         mov     edx, 1
         call    [rip + do_hardirq]
-        jmp     3f
-1:      call    [rip + python_jobs]
-3:      mov     eax, 1
-        add     rsp, 8
-        ret
-2:      xor     eax, eax
-        add     rsp, 8
+        mov     ebx, 1
+2:      mov     eax, ebx
+        pop     rbx
         ret
 
 /* void syscall(env, next_eip_addend), in place of helper_syscall (AMD64 APM 3, SYSCALL). */
