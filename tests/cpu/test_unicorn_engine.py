@@ -320,6 +320,47 @@ def test_an_interrupt_that_comes_together_with_a_job_is_not_lost(machine: Machin
         timer.join()
 
 
+def test_an_interrupt_is_not_lost_in_the_shadow_of_an_sti_before_a_ret(machine: Machine, assemble: Assemble) -> None:
+    # The first time, without an interrupt, has all blocks translated and linked.
+    source = """
+        init
+        mov rdi, 1000
+        xor esi, esi
+    again:
+        cli
+        test esi, esi
+        jz 1f
+        out 0x20, al
+    1:  call enable
+    2:  dec rdi
+        jnz 2b
+        inc esi
+        jmp again
+    enable:
+        sti
+        ret
+        .balign 256
+        mov eax, 1
+        exit
+    """
+    machine.load(assemble(source))
+    machine.set_gate(0x41, CODE + 256)
+
+    def interrupt(_value: int) -> None:
+        machine.platform.interrupts.append(0x41)
+        machine.engine.kick()
+        give_up.start()
+
+    def stop() -> None:
+        machine.platform.port_write(EXIT_PORT, 4, 0)
+
+    give_up = threading.Timer(5, machine.engine.call, (stop,))
+    machine.platform.on_output[0x20] = interrupt
+    assert machine.run() == 1
+    give_up.cancel()
+    give_up.join()
+
+
 def test_a_job_reaches_a_guest_that_is_stuck_with_interrupts_off(machine: Machine, assemble: Assemble) -> None:
     machine.load(assemble("cli; out 0x20, al; 1: jmp 1b"))
 

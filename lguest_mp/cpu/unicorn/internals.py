@@ -41,7 +41,10 @@ _PAGE = 4096
 
 # struct uc_struct
 _UC_CPU = 0x1B8
+_UC_TCG_CTX = 0x300
 _UC_NO_EXIT_REQUEST_CHECK = "check_exit_request_x86_64"
+# struct TCGContext
+_TCG_CODE_GEN_EPILOGUE = 0x98
 # struct CPUState
 _CS_INTERRUPT_REQUEST = 0x1C
 _CS_ENV_PTR = 0x128
@@ -65,6 +68,7 @@ _GENERAL_REGISTERS = (35, 38, 40, 37, 44, 36, 43, 39, *range(106, 114))
 #: Function of the library -> entry of native.S that takes its place.
 _REPLACED = {
     "x86_cpu_exec_interrupt_x86_64": "exec_interrupt",
+    "helper_lookup_tb_ptr_x86_64": "lookup",
     "helper_syscall_x86_64": "syscall",
     "helper_inb_x86_64": "inb",
     "helper_inw_x86_64": "inw",
@@ -100,6 +104,7 @@ _CALLED = {
     "invalidate_fast": "tb_invalidate_phys_page_fast_x86_64",
     "original_set_dirty": "tlb_set_dirty_x86_64",
     "original_fill": "x86_cpu_tlb_fill_x86_64",
+    "original_lookup": "helper_lookup_tb_ptr_x86_64",
     "original_set_page": "tlb_set_page_with_attrs_x86_64",
 }
 
@@ -224,6 +229,7 @@ class Internals:
         self.verify()
         self.native.slot("cpu_state").value = self._cs
         self.native.slot("cpu_env").value = self._env
+        self.native.slot("epilogue").value = self._epilogue()
         #: The general registers by number (rax, rcx, rdx, rbx, …).
         self.registers = (ctypes.c_uint64 * 16).from_address(self._env + _ENV_REGS)
         self.rip = ctypes.c_uint64.from_address(self._env + _ENV_EIP)
@@ -282,6 +288,16 @@ class Internals:
             if index:
                 self.write_msr(index, 0)
         self._write_register(uc_library.UC_X86_REG_RFLAGS, 2)
+
+    def _epilogue(self) -> int:
+        # helper_lookup_tb_ptr ends with it: mov 0x300(%r12), %rax … mov 0x98(%rax), %rax.
+        code = ctypes.string_at(self._library.address("helper_lookup_tb_ptr_x86_64"), 0xE0)
+        context = b"\x49\x8b\x84\x24" + _UC_TCG_CTX.to_bytes(4, "little")
+        epilogue = b"\x48\x8b\x80" + _TCG_CODE_GEN_EPILOGUE.to_bytes(4, "little")
+        if not 0 <= code.find(context) < code.find(epilogue):
+            raise _unknown(self._library, "code_gen_epilogue is not where it was")
+        tcg_context = ctypes.c_uint64.from_address(self._uc_address + _UC_TCG_CTX).value
+        return ctypes.c_uint64.from_address(tcg_context + _TCG_CODE_GEN_EPILOGUE).value
 
     def _suppress_exit_checks(self) -> None:
         # check_exit_request(tcg_ctx) begins by looking at uc->no_exit_request: cmpb $0, disp32(%rsi).

@@ -37,6 +37,9 @@
         .set LIMIT, 16
         .set FLAGS, 20
 
+        /* struct CPUState */
+        .set CS_INTERRUPT_REQUEST, 0x1c
+
         .set CC_OP_EFLAGS, 1
         .set HF_CPL, 3
         .set HF_INHIBIT_IRQ, 1 << 3
@@ -92,6 +95,8 @@
         slot value, 28                  /* what python_rdmsr read */
         slot original_fill, 29          /* x86_cpu_tlb_fill(cs, vaddr, size, access, mmu_idx, probe, retaddr) */
         slot original_set_page, 30      /* tlb_set_page_with_attrs(cs, vaddr, paddr, attrs, prot, mmu_idx, size) */
+        slot original_lookup, 32        /* helper_lookup_tb_ptr(env) */
+        slot epilogue, 33               /* tcg_ctx->code_gen_epilogue: where a block returns to the main loop */
         slot access, 31                 /* MMUAccessType of the TLB miss that is being handled */
 
 start:
@@ -138,6 +143,19 @@ exec_interrupt:
         mov     ebx, 1
 2:      mov     eax, ebx
         pop     rbx
+        ret
+
+/* void *lookup(env), in place of helper_lookup_tb_ptr: which block follows an indirect jump. The shadow of STI ends with
+   its instruction, and if that is a RET, the library goes on without looking. */
+        .globl lookup
+lookup:
+        mov     rax, [rip + cpu_state]
+        cmp     dword ptr [rax + CS_INTERRUPT_REQUEST], 0
+        jne     1f
+2:      jmp     [rip + original_lookup]
+1:      test    dword ptr [rdi + ENV_EFLAGS], IF_MASK
+        jz      2b
+        mov     rax, [rip + epilogue]
         ret
 
 /* void syscall(env, next_eip_addend), in place of helper_syscall (AMD64 APM 3, SYSCALL). */
