@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import socket
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from lguest_mp import protocol
@@ -32,13 +32,6 @@ BUG = os.EX_SOFTWARE
 MAX_TEXT = 1000
 #: Encoded before anything is forked: the encoder's memory would be each worker's own, for one message.
 _SERVING = protocol.encode(protocol.Serving())
-
-
-class WriteWatch(Protocol):
-    """Somebody who has to know what a device writes to guest memory before the driver can see that it did."""
-
-    def written(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """(offset, length) ranges of guest memory that were just written by this process."""
 
 
 class WorkerContext(Protocol):

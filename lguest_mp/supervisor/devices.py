@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lguest_mp import protocol, worker
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from lguest_mp.supervisor.children import Naming
     from lguest_mp.supervisor.ending import Ending
     from lguest_mp.supervisor.loop import Loop
-    from lguest_mp.supervisor.parts import CodeWatch
+    from lguest_mp.supervisor.parts import WriteWatches
     from lguest_mp.supervisor.resources import Resources
     from lguest_mp.virtio.device import QueueLayout
 
@@ -118,7 +119,7 @@ class Devices:
         self,
         owned: Resources,
         served: list[ServedDevice],
-        code_watch: CodeWatch | None,
+        watches: WriteWatches | None,
         naming: Naming,
         loop: Loop,
         listener: Listener,
@@ -127,7 +128,7 @@ class Devices:
         """``grace``: how many seconds a worker has to end before it is killed."""
         self._resources = owned
         self._served = served
-        self._code_watch = code_watch
+        self._watches = watches
         self._naming = naming
         self._loop = loop
         self._listener = listener
@@ -168,11 +169,12 @@ class Devices:
                 each.deadline = None
 
     def end_all(self) -> None:
-        """Ends every worker, and waits for it."""
+        """Ends every worker, waits for it, and hears what it still had to say."""
         children.end_all([each.child for each in self.workers()], self._grace)
+        for each in self.workers():
+            self._loop.finish(each.reports.fileno(), partial(self._on_report, each))
+            each.reports.close()
         for served in self._served:
-            for each in served.workers.values():
-                each.reports.close()
             served.workers.clear()
 
     # ---- What the machine asks for ----
@@ -225,14 +227,14 @@ class Devices:
         number = served.first_queue + queue
         ours, theirs = protocol.channel_pair()
         keep = [kick, call, theirs.fileno(), *device.files]
-        if self._code_watch is not None:
-            keep += self._code_watch.worker_files(number)
+        if self._watches is not None:
+            keep += self._watches.worker_files(number)
         make_queue, memory = self._resources.parts.make_queue, self._resources.memory
 
         def body() -> int:
             children.keep_only(keep, self._resources.null)
             self._naming.take(name, name)
-            watch = None if self._code_watch is None else self._code_watch.writer(number)
+            watch = None if self._watches is None else self._watches.writer(number)
             return worker.run(device, queue, lambda: make_queue(memory, layout, features, kick, call, watch), theirs)
 
         with theirs:

@@ -117,13 +117,13 @@ class Guest:
             )
             self._served.append(ServedDevice(index, port, first_queue=queues))
             queues += count
-        self._code_watch = self._resources.parts.make_code_watch(self._resources.memory, queues)
-        if self._code_watch is not None:
-            self._opened.callback(self._code_watch.close)
+        self._watches = self._resources.parts.make_watches(self._resources.memory, queues)
+        if self._watches is not None:
+            self._opened.callback(self._watches.close)
         self._devices = Devices(
             self._resources,
             self._served,
-            self._code_watch,
+            self._watches,
             self._naming,
             self._loop,
             Listener(self._end, lambda device: self._tell_machine(self._events, protocol.DeviceBroken(device))),
@@ -166,7 +166,7 @@ class Guest:
             if not isinstance(start, protocol.Start):
                 return 0
             ports = [served.port for served in self._served]
-            run_machine(owned.config, owned.memory, self._code_watch, ports, start.entry, requests, events)
+            run_machine(owned.config, owned.memory, self._watches, ports, start.entry, requests, events)
         except LguestError as error:
             protocol.send(requests, protocol.Failed(str(error)))
         return 0
@@ -175,8 +175,8 @@ class Guest:
         files = [0, 1, self._machine_requests.fileno(), self._machine_events.fileno()]
         for served in self._served:
             files += [*served.port.kicks, *served.port.calls]
-        if self._code_watch is not None:
-            files += self._code_watch.files
+        if self._watches is not None:
+            files += self._watches.files
         if self._resources.confinement.root is not None:
             files.append(self._resources.confinement.root)
         return files

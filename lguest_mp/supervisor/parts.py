@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import socket
 
+    from lguest_mp.codemap import WriteWatch
     from lguest_mp.config import GuestConfig
     from lguest_mp.cpu.engine import EntryState
     from lguest_mp.machine.wiring import DevicePort
     from lguest_mp.memory import GuestMemory
     from lguest_mp.virtio.device import Device, QueueLayout
     from lguest_mp.virtio.queue import Queue
-    from lguest_mp.worker import WriteWatch
 
 
 class Kernel(Protocol):
@@ -30,8 +30,8 @@ class Kernel(Protocol):
         """Writes them, and what they have to know of the machine, to guest memory. May be called again."""
 
 
-class CodeWatch(Protocol):
-    """What the workers tell the CPU about guest memory that they write. Made before anything is forked."""
+class WriteWatches(Protocol):
+    """Through which the workers tell the CPU what they write to guest memory. Made before anything is forked."""
 
     @property
     def files(self) -> Sequence[int]:
@@ -54,7 +54,7 @@ class MachineBody(Protocol):
         self,
         config: GuestConfig,
         memory: GuestMemory,
-        code_map: Any,  # what make_code_watch made
+        code_map: Any,  # what make_watches made
         devices: Sequence[DevicePort],
         entry: EntryState,
         requests: socket.socket,
@@ -82,7 +82,7 @@ class Parts:
 
     read_kernel: Callable[[GuestConfig], Kernel]
     open_devices: Callable[[GuestConfig], list[Device]]
-    make_code_watch: Callable[[GuestMemory, int], CodeWatch | None]
+    make_watches: Callable[[GuestMemory, int], WriteWatches | None]
     make_queue: QueueMaker
     load_machine: Callable[[], MachineBody]
 
@@ -101,7 +101,7 @@ def pc() -> Parts:
     return Parts(
         read_kernel=prepare,
         open_devices=_open_virtio_devices,
-        make_code_watch=CodeMap,
+        make_watches=CodeMap,
         make_queue=partial(Queue, fence=strongest()),
         load_machine=_load_pc,
     )

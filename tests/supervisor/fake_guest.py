@@ -390,7 +390,7 @@ def who(machine: Machine) -> None:
     worker = machine.answer(BLOCK, 0) - 1
     say("root", *sorted(os.listdir("/")))
     say("uid", os.getuid(), "gid", os.getgid(), "groups", *os.getgroups(), "worker", worker)
-    hang(machine)
+    wait_for_the_end()
 
 
 def sizes(machine: Machine) -> None:
@@ -406,10 +406,14 @@ def sizes(machine: Machine) -> None:
 
 
 def echo(machine: Machine) -> None:
-    """Prints each byte that is typed; the standard's three ^C are somebody else's."""
+    """Prints each byte that is typed, whenever the terminal is its own; three ^C are somebody else's concern."""
+    signal.signal(signal.SIGTTIN, signal.SIG_IGN)
     say("up")
     while True:
-        say("typed", os.read(0, 1).hex())
+        try:
+            say("typed", os.read(0, 1).hex())
+        except OSError:
+            time.sleep(0.01)
 
 
 # ---- Scenarios: reboots ----
@@ -491,7 +495,7 @@ def parts(scenario: str) -> Parts:
     return Parts(
         read_kernel=lambda config: FakeKernel(),
         open_devices=open_devices,
-        make_code_watch=lambda memory, workers: None,
+        make_watches=lambda memory, workers: None,
         make_queue=make_queue,
         load_machine=load_machine,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +12,7 @@ from typing import Protocol
 from guestkit.session import Session
 
 FAKE_GUEST = Path(__file__).with_name("fake_guest.py")
+JOB_SHELL = FAKE_GUEST.with_name("job_shell.py")
 #: Generous: what is waited for takes milliseconds, on a machine that may be busy.
 PATIENCE = 30.0
 
@@ -39,6 +41,13 @@ class Launched(Session):
         """Waits for the scenario ``hang`` to have everything running; the PIDs of its processes."""
         cpu, receiveq, transmitq, block = map(int, self.wait_for(r"^up (\d+) (\d+) (\d+) (\d+)", PATIENCE).groups)
         return {"cpu": cpu, "console/receiveq": receiveq, "console/transmitq": transmitq, "block0/requestq": block}
+
+    def wait_until_raw(self) -> None:
+        """Waits until the terminal is the guest's."""
+        deadline = time.monotonic() + PATIENCE
+        while self.current_settings() == self.settings:
+            assert time.monotonic() < deadline, "the launcher does not take the terminal"
+            time.sleep(0.01)
 
     @property
     def lines(self) -> list[str]:

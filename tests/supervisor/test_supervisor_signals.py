@@ -66,7 +66,7 @@ def test_a_stopped_launcher_is_a_stopped_guest(launch: Launch) -> None:
     launcher.signal(signal.SIGTSTP)
     launcher.signal(signal.SIGUSR1)
     launcher.wait_for("lguest: block0/requestq", PATIENCE)
-    assert launcher.current_settings() != launcher.settings
+    launcher.wait_until_raw()
     assert launcher.processes().keys() == {launcher.pid, *members.values()}
 
 
