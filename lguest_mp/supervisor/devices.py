@@ -29,6 +29,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lguest_mp import protocol, worker
+from lguest_mp.errors import LguestError
 from lguest_mp.protocol import DeviceReset, DriverReady, ProtocolError, QueueReady, QueueReset
 from lguest_mp.supervisor import children, ending
 from lguest_mp.supervisor.children import Child
@@ -225,7 +226,10 @@ class Devices:
         device, kick, call = served.port.device, served.port.kicks[queue], served.port.calls[queue]
         name = f"{device.name}/{device.queue_names[queue]}"
         number = served.first_queue + queue
-        ours, theirs = protocol.channel_pair()
+        try:
+            ours, theirs = protocol.channel_pair()
+        except OSError as error:
+            raise LguestError(f"cannot make a channel for {name}: {error.strerror}") from error
         keep = [kick, call, theirs.fileno(), *device.files]
         if self._watches is not None:
             keep += self._watches.worker_files(number)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -81,19 +82,19 @@ class Resources:
 def open_all(config: GuestConfig, parts: Parts) -> Resources:
     """Opens what ``config`` asks for, or raises LguestError. The cheap checks come first."""
     confinement = jail.prepare(config.username, config.chroot)
-    devices = parts.open_devices(config)
-    try:
+    with ExitStack() as opened:
+        devices = parts.open_devices(config)
+        for device in devices:
+            opened.callback(device.close)
         if not confinement.is_empty:
             parts.load_machine()  # there may be no Python where we are going
         kernel = parts.read_kernel(config)
         memory = GuestMemory(config.memory)
-        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise LguestError(f"{error.filename}: {error.strerror}") from error
-    except BaseException:
-        for device in devices:
-            device.close()
-        raise
+        try:
+            null = os.open(os.devnull, os.O_RDWR)
+        except OSError as error:
+            raise LguestError(f"cannot open {os.devnull}: {error.strerror}") from error
+        opened.pop_all()
     return Resources(config, parts, memory, devices, null, confinement, kernel)
 
 

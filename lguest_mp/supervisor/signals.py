@@ -43,9 +43,12 @@ class Signals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        late = self.take()  # what is not taken would have its default effect now, and SIGUSR1's is death
         os.close(self.fd)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask_before)
         signal.signal(signal.SIGCHLD, self._child_before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask_before)
+        for signum in late.intersection(STOPPING):
+            os.kill(os.getpid(), signum)
 
     def take(self) -> set[int]:
         """The signals that came since the last call."""

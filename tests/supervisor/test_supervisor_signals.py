@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from launching import FAKE_GUEST, PATIENCE, Launch
+
+from lguest_mp.supervisor import children
+from lguest_mp.supervisor.signals import Signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
@@ -83,3 +87,27 @@ def test_standard_input_and_output_may_be_closed(launch: Launch, tmp_path: Path)
     launcher = launch("power_off", "--verbose", launcher=shell)
     assert launcher.finish() == 0
     assert "the guest powered off" in report.read_text()
+
+
+def test_a_late_signal_has_no_effect_but_to_stop() -> None:
+    """One that comes when the loop has ended, and before the signals are what they were."""
+
+    def body(number: signal.Signals) -> int:
+        with Signals():
+            os.kill(os.getpid(), number)
+        return 7
+
+    for number, status in ((signal.SIGUSR1, 7), (signal.SIGWINCH, 7), (signal.SIGTERM, -signal.SIGTERM)):
+        child = children.fork("late", partial(body, number))
+        assert os.waitstatus_to_exitcode(child.reap()) == status
+
+
+def test_signals_come_once_and_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with Signals() as signals:
+        assert signals.take() == set()
+        os.kill(os.getpid(), signal.SIGWINCH)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.take() == {signal.SIGWINCH, signal.SIGUSR1}
+        assert signals.take() == set()
+    assert (signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, ())) == before
