@@ -74,19 +74,23 @@ class CodeWatch:
     """A worker's side: a WriteWatch over the map and the worker's end of its queue's channel."""
 
     def __init__(self, code_map: CodeMap, channel: socket.socket) -> None:
-        self._find = code_map.marks.find
+        self._marks = code_map.marks
         self._channel = channel
         self._number = 0
 
     def written(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Looks at the pages of the ranges, and has the machine process forget what it translated there."""
-        find = self._find
-        hits: list[tuple[int, int]] = []
-        for offset, length in ranges:
-            if length > 0:
-                first, last = offset // PAGE_SIZE, (offset + length - 1) // PAGE_SIZE
-                if find(b"\x01", first, last + 1) >= 0:
-                    hits.append((first, last))
+        # Nearly always each range lies in one page, and no page has a mark.
+        firsts = [offset // PAGE_SIZE for offset, _ in ranges]
+        lasts = [(offset + length - 1) // PAGE_SIZE for offset, length in ranges]
+        if firsts == lasts and 1 not in map(self._marks.__getitem__, firsts):
+            return
+        find = self._marks.find
+        hits = [
+            (first, last)
+            for first, last in zip(firsts, lasts, strict=True)
+            if first <= last and find(b"\x01", first, last + 1) >= 0
+        ]
         for start in range(0, len(hits), MAX_RANGES):
             self._forget(hits[start : start + MAX_RANGES])
 

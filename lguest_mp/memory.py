@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add
 
 from lguest_mp.errors import GuestAddressError, LguestError
 
@@ -84,6 +86,15 @@ class GuestMemory:
                 if region.base <= gpa and gpa + length <= region.base + region.size:
                     return gpa - region.base + region.offset
         raise GuestAddressError(gpa, length)
+
+    def offsets(self, gpas: Sequence[int], lengths: Sequence[int]) -> Sequence[int]:
+        """The same for many ranges at once, whose numbers are unsigned: where each begins.
+
+        Nearly always all of them lie in low RAM, and then one look at the furthest end is a look at all.
+        """
+        if max(map(add, gpas, lengths)) <= self._low_size:
+            return gpas
+        return list(map(self.offset, gpas, lengths))
 
     def slice(self, gpa: int, length: int) -> memoryview:
         """A writable view of ``length`` bytes of RAM at ``gpa``."""

@@ -144,6 +144,21 @@ def test_more_than_the_host_has_addresses_for(size: int) -> None:
         GuestMemory(size)
 
 
+@given(st.lists(st.tuples(st.integers(0, 1 << 64), st.integers(0, 1 << 32)), min_size=1, max_size=4))
+def test_many_ranges_at_once_are_checked_as_each_is(ranges: list[tuple[int, int]]) -> None:
+    memory = GuestMemory(LOW_RAM_LIMIT + PAGE_SIZE)
+    near = [(gpa % (HIGH_RAM_BASE + 2 * PAGE_SIZE), length % (2 * PAGE_SIZE)) for gpa, length in ranges]
+    for wanted in (ranges, near):
+        gpas, lengths = zip(*wanted, strict=True)
+        try:
+            each = [memory.offset(gpa, length) for gpa, length in wanted]
+        except GuestAddressError:
+            with pytest.raises(GuestAddressError):
+                memory.offsets(gpas, lengths)
+        else:
+            assert list(memory.offsets(gpas, lengths)) == each
+
+
 def _in_child(body: Callable[[], object]) -> int:
     """Runs ``body`` in a forked child; its exit status (negative: the signal)."""
     pid = os.fork()

@@ -36,6 +36,7 @@ import time
 import zlib
 from collections.abc import Callable
 from enum import IntEnum, IntFlag
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -168,6 +169,7 @@ class Block(Device):
 
 
 Ranges = list[tuple[int, int]]
+_length = itemgetter(1)
 
 
 class _Server:
@@ -458,17 +460,11 @@ def _cut_status(writable: Ranges) -> tuple[int, Ranges]:
 
 
 def _views(memory: memoryview, ranges: Ranges) -> list[memoryview]:
-    views = []
-    for offset, length in ranges:
-        views.append(memory[offset : offset + length])
-    return views
+    return [memory[offset : offset + length] for offset, length in ranges]
 
 
 def _size(ranges: Ranges) -> int:
-    size = 0
-    for _, length in ranges:
-        size += length
-    return size
+    return sum(map(_length, ranges))
 
 
 def _split(ranges: Ranges, count: int) -> tuple[Ranges, Ranges]:

@@ -51,7 +51,8 @@ import functools
 import os
 import select
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from lguest_mp.errors import DeviceProtocolError, GuestAddressError
@@ -91,6 +92,8 @@ _INDIRECT_DESC = int(Feature.RING_INDIRECT_DESC)
 
 #: One descriptor: address, length, flags, next.
 _read_descriptor = struct.Struct("<QIHH").unpack_from
+#: Of a range, (offset, length).
+_length = itemgetter(1)
 
 
 class Chain:
@@ -217,11 +220,10 @@ class Queue:
         """
         self._completed.append(chain.head | min(written, 0xFFFFFFFF) << 32)
         if self._watch is not None:
-            for offset, length in chain.writable_ranges:
-                part = min(length, written)
-                written -= part
-                if part:
-                    self._written.append((offset, part))
+            if written >= sum(map(_length, chain.writable_ranges)):
+                self._written += chain.writable_ranges
+            else:
+                self._written += _first_bytes(chain.writable_ranges, written)
         if len(self._completed) >= BATCH:
             self.flush()
 
@@ -348,14 +350,10 @@ class Queue:
         readable = _readable_in_straight_table(table[2::3])
         if readable is None:
             return None
-        locate = self._memory.offset
-        ranges = []
-        total = 0
-        for start, size in zip(table[0::3], table[1::3]):  # noqa: B905 -- as long as each other
-            ranges.append((locate(start, size), size))
-            total += size
-        if total > MAX_CHAIN_BYTES:
+        addresses, lengths = table[0::3], table[1::3]
+        if sum(lengths) > MAX_CHAIN_BYTES:
             return None
+        ranges = list(zip(self._memory.offsets(addresses, lengths), lengths))  # noqa: B905 -- as long as each other
         return Chain(self._view, head, ranges[:readable], ranges[readable:])
 
     def _indirect_table(self, address: int, length: int, flags: int) -> tuple[int, int]:
@@ -370,6 +368,14 @@ class Queue:
         if not length or length % 16:
             raise DeviceProtocolError("2.7.5.3", f"an indirect table of {length} bytes")
         return self._memory.offset(address, length), length // 16
+
+
+def _first_bytes(ranges: list[tuple[int, int]], count: int) -> Iterator[tuple[int, int]]:
+    """The first ``count`` bytes of ``ranges``."""
+    for offset, length in ranges:
+        part = min(length, count)
+        count -= part
+        yield offset, part
 
 
 @functools.lru_cache(CACHED)

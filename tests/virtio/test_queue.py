@@ -250,7 +250,8 @@ class Recorder:
         self._events = events
 
     def written(self, ranges: Sequence[tuple[int, int]]) -> None:
-        self._events.append(("written", list(ranges), self._driver.used_index))
+        filled = [(offset, length) for offset, length in ranges if length]
+        self._events.append(("written", filled, self._driver.used_index))
 
 
 class TestWriteWatch:
