@@ -26,9 +26,11 @@ def count() -> int:
 def execute_again() -> NoReturn:
     """Replaces this program by itself; LguestError if the host no longer has it."""
     os.environ[_COUNTER] = str(count() + 1)
-    for ignored_by_python in (signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(ignored_by_python, signal.SIG_DFL)
+    # Python ignores these for itself; its own start will find them as ours did.
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGPIPE, signal.SIGXFSZ)}
     try:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     except OSError as error:
+        for number, handler in before.items():
+            signal.signal(number, handler)
         raise LguestError(f"cannot reboot: {sys.executable}: {error.strerror}") from error

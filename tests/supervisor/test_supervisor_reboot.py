@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,4 @@ def test_what_cannot_be_executed_again_is_one_line(monkeypatch: pytest.MonkeyPat
     with pytest.raises(LguestError, match="cannot reboot: /no/such/python"):
         reboot.execute_again()
     assert reboot.count() == 1
+    assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN
