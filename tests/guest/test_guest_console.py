@@ -23,7 +23,7 @@ def test_what_is_typed_goes_to_the_serial_port_until_the_console_is_ready(launch
     guest = launch(arguments=("quiet", "agent=ttyS0", "load=virtio_pci"))
     guest.boot("ttyS0")
     assert guest.run("tty") == "/dev/ttyS0\n"
-    guest.agent.start("modprobe virtio_console; wait_for /dev/hvc0; agent hvc0")
+    guest.agent.start("console_driver bind; agent hvc0")
     on_console = guest.boot("hvc0")
     assert on_console.run("tty") == "/dev/hvc0\n"
     guest.power_off()

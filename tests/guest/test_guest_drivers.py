@@ -67,7 +67,7 @@ def test_the_console_driver(launch: Launch) -> None:
     # Who writes when the driver goes gets an error, amid a line perhaps, and has to close the terminal before Linux
     # gives its number to the next one.
     answer = guest.run(
-        "modprobe virtio_console; cd /sys/bus/virtio/drivers/virtio_console; device=$(echo virtio*); "
+        "console_driver bind; cd /sys/bus/virtio/drivers/virtio_console; device=$(echo virtio*); "
         f"for i in $(seq {TIMES}); do "
         "(while echo chatter; do :; done) >/dev/hvc0 2>/dev/null & "
         "usleep 20000; echo $device >unbind; wait; echo $device >bind; printf '\\nround %s\\n' $i >/dev/hvc0; "

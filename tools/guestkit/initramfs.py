@@ -17,7 +17,7 @@ DEFAULT_MODULES = ("virtio_pci", "virtio_console", "virtio_blk", "virtio_rng")
 def build_initramfs(kernel: Kernel, busybox: Path, script: str, further_modules: Sequence[str] = ()) -> bytes:
     """An initramfs whose ``/init`` is ``init/<script>.sh``; ``further_modules`` are there, but not loaded.
 
-    ``/init-modules`` lists those that are to be loaded.
+    ``/init-modules`` lists those that are to be loaded; what is built into the kernel is not among them.
     """
     archive = CpioArchive()
     for directory in ("dev", "proc", "sys", "tmp", "run", "mnt", "root"):
@@ -35,7 +35,8 @@ def build_initramfs(kernel: Kernel, busybox: Path, script: str, further_modules:
         # As depmod writes them: what is to be loaded first stands last.
         dependencies.append(f"{module.name}.ko:" + "".join(f" {name}.ko" for name in reversed(module.needs)))
     archive.file(f"{folder}/modules.dep", "\n".join([*dependencies, ""]).encode())
-    archive.file("init-modules", " ".join(DEFAULT_MODULES).encode())
+    default = {module.name for module in kernel.modules(DEFAULT_MODULES)}
+    archive.file("init-modules", " ".join(name for name in DEFAULT_MODULES if name in default).encode())
     return archive.finish()
 
 

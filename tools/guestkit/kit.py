@@ -9,6 +9,7 @@ from pathlib import Path
 from guestkit.initramfs import build_initramfs
 from guestkit.kernel import Kernel
 from guestkit.packages import Packages
+from guestkit.progress import SetupError
 from guestkit.sysroot import Sysroot
 
 
@@ -28,7 +29,10 @@ class GuestKit:
     @cached_property
     def busybox(self) -> Path:
         """Debian's busybox, which needs no libraries."""
-        return self._packages.tree("busybox", ["busybox-static"]) / "bin" / "busybox"
+        tree = self._packages.tree("busybox", ["busybox-static"])
+        for path in tree.rglob("bin/busybox"):  # below usr since Debian 13
+            return path
+        raise SetupError(f"there is no busybox in {tree}; delete it and try again")
 
     @cached_property
     def sysroot(self) -> Sysroot:

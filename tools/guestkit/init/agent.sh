@@ -22,13 +22,13 @@ agent() {
 }
 
 dmesg -n 1
-case "$(option load all)" in
-    all) modprobe -a $(cat /init-modules) ;;
-    none) ;;
-    *) modprobe -a $(option load none | tr , ' ') ;;
-esac
+for module in $(cat /init-modules); do
+    case ",$(option load all)," in *,all,* | *,$module,*) modprobe "$module" ;; esac
+done
 
 tty=$(option agent hvc0)
+# While there is a virtio console, what is typed goes there; the driver may be built into the kernel.
+[ "$tty" = hvc0 ] || console_driver unbind
 wait_for "/dev/$tty" || echo "init: there is no /dev/$tty"
 agent "$tty"
 while :; do sleep 1000; done

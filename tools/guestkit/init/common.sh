@@ -22,3 +22,15 @@ wait_for() {
     while ! [ -e "$1" ] && [ "$tries" -gt 0 ]; do usleep 10000; tries=$((tries - 1)); done
     [ -e "$1" ]
 }
+
+# console_driver bind|unbind: has the virtio console be served by its driver, or not, be it a module or built in
+console_driver() {
+    [ "$1" = unbind ] || modprobe -q virtio_console
+    for device in /sys/bus/virtio/devices/*; do
+        [ "$(cat "$device/device")" = 0x0003 ] || continue
+        possible=unbind
+        [ -e "$device/driver" ] || possible=bind
+        [ "$1" = "$possible" ] && echo "${device##*/}" >"/sys/bus/virtio/drivers/virtio_console/$1"
+    done
+    [ "$1" = unbind ] || wait_for /dev/hvc0
+}
