@@ -18,7 +18,67 @@ class RngConfig:
     """A source of random numbers, fed by the host's."""
 
 
-DeviceConfig = BlockConfig | RngConfig
+@dataclass(frozen=True)
+class TapConfig:
+    """A network on a tap interface of the host.
+
+    ``address`` (IPv4, dotted; with ``prefix`` bits of network, None: the address's class decides) is the host's on it,
+    or it is a port of the bridge ``bridge``; neither: it is brought up and no more. ``interface`` is its name, None:
+    the next free ``tap<n>``.
+    """
+
+    address: str | None = None
+    prefix: int | None = None
+    bridge: str | None = None
+    interface: str | None = None
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A port of the host that leads to a port of the guest; ``protocol`` is ``tcp`` or ``udp``."""
+
+    protocol: str
+    host_address: str
+    host_port: int
+    guest_port: int
+
+
+@dataclass(frozen=True)
+class UserConfig:
+    """A network of the user's own, behind the host's: no privileges, guests are reached through ``forwards`` only.
+
+    ``host_loopback``: the guest may connect to the host's own 127.0.0.1 (as 10.0.2.2).
+    """
+
+    forwards: tuple[Forward, ...] = ()
+    host_loopback: bool = False
+
+
+@dataclass(frozen=True)
+class LinkConfig:
+    """A wire between all guests of this user that name the same ``link``."""
+
+    link: str
+
+
+WireConfig = TapConfig | UserConfig | LinkConfig
+
+
+@dataclass(frozen=True)
+class NetConfig:
+    """A network device.
+
+    ``mac``: 6 bytes, None: made of the guest's name. ``mtu``: told to the guest; None: the wire's own. ``offload``:
+    whether checksums and segmentation may be left to the other side.
+    """
+
+    wire: WireConfig
+    mac: bytes | None = None
+    mtu: int | None = None
+    offload: bool = True
+
+
+DeviceConfig = BlockConfig | RngConfig | NetConfig
 
 
 @dataclass(frozen=True)

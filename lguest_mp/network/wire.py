@@ -1,0 +1,77 @@
+"""What a network device is plugged into: the host's end of its cable.
+
+A :class:`Wire` is opened by the supervisor before anything is forked, and the workers of the device inherit it. The
+receiveq's worker reads frames from it and the transmitq's worker writes frames to it, each a system call for a frame,
+from or to the guest's memory. Neither knows of the other, and neither has anything of the host's but :attr:`files`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lguest_mp.supervisor.children import Child
+
+#: The longest frame on any wire, in bytes, header included: 64 KiB of IP packet that is cut up later, on Ethernet with
+#: a VLAN tag or two, and the virtio header.
+LONGEST_FRAME = 65536 + 14 + 8 + 12
+
+
+class WireGone(Exception):
+    """Nothing will ever come from this wire again, nor go there; its text says why."""
+
+
+class Wire(ABC):
+    """One cable. ``read`` and ``write`` are called in workers, everything else in the supervisor."""
+
+    #: Whether each frame on the wire has a virtio_net_hdr in front (virtio 1.2, 5.1.6), with what it says of checksums
+    #: and segmentation. Without: the frame alone, complete, and no longer than the MTU.
+    has_header: bool
+    #: Whether that header comes from somebody who may lie (another guest) and has to be checked.
+    is_suspect: bool = False
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """For a person: ``tap tap0, 192.168.19.1``."""
+
+    @property
+    @abstractmethod
+    def files(self) -> tuple[int, ...]:
+        """The file descriptors that the workers need."""
+
+    @property
+    def helper(self) -> Child | None:
+        """The process that makes this network, where there is one; the supervisor watches it."""
+        return None
+
+    def attach(self, features: int, header_size: int) -> None:  # noqa: B027 -- most wires need not know
+        """In a worker, before it serves: the guest's driver accepted ``features``.
+
+        ``header_size``: how long the virtio_net_hdr of a frame is, 12 bytes or (a legacy driver's) 10.
+        """
+
+    @abstractmethod
+    def read(self, views: Sequence[memoryview]) -> int:
+        """The next frame, put into ``views``: its length. What does not fit is lost.
+
+        BlockingIOError when there is none now; WireGone; any other OSError says that this frame was lost.
+        """
+
+    @abstractmethod
+    def wait(self, status: Callable[[bool], None]) -> None:
+        """Sleeps until there may be a frame. ``status`` is told when the link goes down (False) or comes up."""
+
+    @abstractmethod
+    def is_up(self) -> bool:
+        """In the receiveq's worker: whether the link is up now."""
+
+    @abstractmethod
+    def write(self, views: Sequence[memoryview]) -> None:
+        """Puts one frame on the wire. OSError says why it was lost; WireGone."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """In the supervisor: unplugs it."""
