@@ -25,6 +25,7 @@ def build_initramfs(kernel: Kernel, busybox: Path, script: str, further_modules:
     archive.character_device("dev/console", 5, 1)
     archive.file("init", (_SCRIPTS / f"{script}.sh").read_bytes(), 0o755)
     archive.file("init-common", (_SCRIPTS / "common.sh").read_bytes())
+    archive.file("etc/udhcpc/default.script", (_SCRIPTS / "udhcpc.sh").read_bytes(), 0o755)
     archive.file("bin/busybox", busybox.read_bytes(), 0o755)
     for applet in _applets(busybox):
         archive.symlink(f"bin/{applet}", "busybox")
