@@ -13,7 +13,10 @@ from guestkit.session import Session
 
 
 class QemuGuest(Session):
-    """QEMU with one guest and its agent; nothing but what is named here is in its PC."""
+    """QEMU with one guest and its agent; nothing but what is named here is in its PC.
+
+    ``tap``: the name of an interface that it makes and attaches a network device to; it takes root.
+    """
 
     def __init__(
         self,
@@ -22,6 +25,7 @@ class QemuGuest(Session):
         initrd: Path,
         cpu: str = "qemu64",
         disk: Path | None = None,
+        tap: str | None = None,
         memory: int = 256,
         arguments: Sequence[str] = ("quiet",),
     ) -> None:
@@ -32,6 +36,10 @@ class QemuGuest(Session):
         if disk:
             command += ["-drive", f"file={disk},if=none,id=disk,format=raw,cache=writeback"]
             command += ["-device", "virtio-blk-pci,drive=disk,disable-legacy=on"]
+        if tap:
+            # Offloads are QEMU's own choice (all of them); vhost would be the host's kernel in QEMU's place.
+            command += ["-netdev", f"tap,id=net,ifname={tap},script=no,downscript=no,vhost=off"]
+            command += ["-device", "virtio-net-pci,netdev=net,disable-legacy=on,romfile="]
         super().__init__(command)
         self.agent = Agent(self)
 
