@@ -10,6 +10,7 @@ from guestkit.initramfs import build_initramfs
 from guestkit.kernel import Kernel
 from guestkit.packages import Packages
 from guestkit.progress import SetupError
+from guestkit.slirp import Slirp
 from guestkit.sysroot import Sysroot
 
 
@@ -39,11 +40,16 @@ class GuestKit:
         """mke2fs, e2fsck, debugfs and perl."""
         return Sysroot(self._packages)
 
+    @cached_property
+    def slirp(self) -> Slirp:
+        """slirp4netns, which --net=user takes."""
+        return Slirp(self._packages, self.cache / "programs")
+
     def initramfs(self, script: str, further_modules: Sequence[str] = ()) -> bytes:
         """An initramfs whose first process is ``init/<script>.sh``."""
         return build_initramfs(self.kernel, self.busybox, script, further_modules)
 
     def fetch(self) -> None:
         """Fetches all of it now."""
-        for part in (self.kernel, self.busybox, self.sysroot):
+        for part in (self.kernel, self.busybox, self.sysroot, self.slirp.directory):
             assert part
