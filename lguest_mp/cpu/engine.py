@@ -62,6 +62,12 @@ class Platform(Protocol):
     def take_interrupt(self) -> int | None:
         """Acknowledges the highest pending interrupt: its vector, in service from now on, or None."""
 
+    def idle(self, wake: int) -> None:
+        """The CPU sleeps: returns when there may be an interrupt, or when ``wake`` (an eventfd, read here) was written.
+
+        Always called with the same ``wake``. Meanwhile the CPU's thread may do the platform's work.
+        """
+
 
 class GuestHalted(Exception):
     """The CPU executed HLT with interrupts off: nothing can wake it, ever."""

@@ -1,8 +1,13 @@
 """The machine's second thread: it waits for everything that does not come from the guest.
 
-One epoll, one handler per descriptor. The thread sleeps until something happens: there is no polling and no tick. What
-a handler does has to be short, since the interpreter runs one thread at a time and the guest's next exit would wait
-for it.
+One handler per descriptor. The thread sleeps until something happens: there is no polling and no tick. What a handler
+does has to be short, since the interpreter runs one thread at a time and the guest's next exit would wait for it.
+
+**What wakes a sleeping CPU** (interrupts, its timer) is *shared*: while the CPU's thread has nothing to do, it waits
+for that itself (:meth:`EventLoop.help`), which spares waking two threads one after the other, half of the time that an
+interrupt takes. So there are three epolls. The loop's own has everything that is not shared, and the shared one inside
+it, as one descriptor; that is switched off while the CPU's thread waits on the third, with the shared one and the CPU's
+own wake-up in it. An event of the shared ones is taken by one thread or the other, and it does not matter by which.
 
 An exception in a handler is a bug and must not be lost with the thread: it is handed to whoever started the loop.
 """
@@ -24,15 +29,52 @@ class EventLoop:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._handlers: dict[int, Handler] = {}
+        self._shared = select.epoll()
+        self._helpers = select.epoll()
+        self._epoll.register(self._shared, select.EPOLLIN)
+        self._helpers.register(self._shared, select.EPOLLIN)
+        self._handlers: dict[int, Handler] = {self._shared.fileno(): self._take_shared}
+        self._shared_handlers: dict[int, Handler] = {}
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake, select.EPOLLIN)
         #: What call_later() asked for: (time.monotonic, number, what), a heap.
         self._later: list[tuple[float, int, Handler]] = []
         self._number = 0
+        self._helper_wake: int | None = None
         self._lock = threading.Lock()
         self._stopping = False
         self._thread: threading.Thread | None = None
+
+    def add_shared(self, fd: int, handler: Handler, events: int = select.EPOLLIN) -> None:
+        """The same as :meth:`add` for what may wake the CPU; ``handler`` is also called by :meth:`help`'s caller.
+
+        Both threads may call it at the same time, and find nothing to do.
+        """
+        self._shared_handlers[fd] = handler
+        self._shared.register(fd, events)
+
+    def help(self, wake: int) -> None:
+        """Waits for shared events and calls their handlers, on this thread, which has nothing else to do.
+
+        Returns when some have been called, or when ``wake`` was readable, an eventfd that is read here. It is always
+        the same one, and so is the thread.
+        """
+        if self._helper_wake is None:
+            self._helper_wake = wake
+            self._helpers.register(wake, select.EPOLLIN)
+        self._epoll.modify(self._shared, 0)
+        try:
+            for fd, _ in self._helpers.poll():
+                if fd == wake:
+                    os.eventfd_read(wake)
+                else:
+                    self._take_shared()
+        finally:
+            self._epoll.modify(self._shared, select.EPOLLIN)
+
+    def _take_shared(self) -> None:
+        for fd, _ in self._shared.poll(0):
+            self._shared_handlers[fd]()
 
     def add(self, fd: int, handler: Handler, events: int = select.EPOLLIN) -> None:
         """Calls ``handler`` whenever one of ``events`` holds. PermissionError: the file is always ready."""
@@ -70,7 +112,8 @@ class EventLoop:
 
     def close(self) -> None:
         """Gives the loop's own descriptors back; it has to be stopped."""
-        self._epoll.close()
+        for epoll in (self._epoll, self._helpers, self._shared):
+            epoll.close()
         os.close(self._wake)
 
     def _run(self, failed: Callable[[Exception], None]) -> None:

@@ -208,7 +208,7 @@ class Pc:
         self._port_readers: dict[int, Callable[[int, int], int]] = {}
         self._port_writers: dict[int, Callable[[int, int, int], None]] = {}
         self._connect_ports()
-        self._loop.add(self._timer.fd, self._on_timer)
+        self._loop.add_shared(self._timer.fd, self._on_timer)
         self._loop.add(events.fileno(), self._on_events)
         for function, port in zip(self._functions, devices, strict=True):
             for queue, call in enumerate(port.calls):
@@ -258,7 +258,7 @@ class Pc:
             self._port_writers[port] = bus.write_data
 
     def _watch_call(self, call: int, function: VirtioPciFunction, queue: int) -> None:
-        self._loop.add(call, lambda: function.queue_interrupt(queue), select.EPOLLIN | select.EPOLLET)
+        self._loop.add_shared(call, lambda: function.queue_interrupt(queue), select.EPOLLIN | select.EPOLLET)
 
     def add_reader(self, fd: int, handler: Callable[[], None]) -> None:
         """Has the events' thread call ``handler`` whenever ``fd`` is readable."""
@@ -337,7 +337,11 @@ class Pc:
         """Acknowledges the highest pending interrupt."""
         return self._local_apic.take()
 
-    # The events, on their thread
+    def idle(self, wake: int) -> None:
+        """The CPU sleeps in HLT: its thread waits for the guest's interrupts itself."""
+        self._loop.help(wake)
+
+    # The events, on their thread (or on the CPU's while that sleeps)
 
     def _on_timer(self) -> None:
         self._local_apic.timer_expired()

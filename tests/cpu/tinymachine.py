@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable
 
@@ -63,6 +64,9 @@ class RecordingPlatform:
             self.msrs[index] = value
             return True
         return False
+
+    def idle(self, wake: int) -> None:
+        os.eventfd_read(wake)
 
     def interrupt_pending(self) -> bool:
         return bool(self.interrupts)

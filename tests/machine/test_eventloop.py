@@ -93,3 +93,115 @@ def test_stopping_waits_for_the_thread_and_can_be_done_twice(loop: EventLoop) ->
     loop.stop()
     loop.stop()
     assert "events" not in [thread.name for thread in threading.enumerate()]
+
+
+# What wakes the CPU is waited for by the CPU's own thread while that sleeps.
+
+
+@pytest.fixture
+def wake() -> Iterator[int]:
+    fd = os.eventfd(0)
+    yield fd
+    os.close(fd)
+
+
+def test_shared_events_are_the_loops_while_nobody_helps(loop: EventLoop, eventfd: int) -> None:
+    threads: queue.Queue[str] = queue.Queue()
+    loop.add_shared(eventfd, lambda: threads.put(threading.current_thread().name), select.EPOLLIN | select.EPOLLET)
+    loop.start(unexpected)
+    for _ in range(3):
+        os.eventfd_write(eventfd, 1)
+        assert threads.get() == "events"
+
+
+def test_shared_events_are_handled_by_who_helps(loop: EventLoop, eventfd: int, wake: int) -> None:
+    threads: list[str] = []
+    loop.add_shared(eventfd, lambda: threads.append(threading.current_thread().name), select.EPOLLIN | select.EPOLLET)
+    loop.start(unexpected)
+    for number in range(1, 4):
+        later = threading.Timer(0.01, os.eventfd_write, (eventfd, 1))
+        later.start()
+        loop.help(wake)
+        later.join()
+        assert len(threads) == number
+    assert set(threads) == {"MainThread"}
+
+
+def test_who_helps_is_woken(loop: EventLoop, wake: int) -> None:
+    os.eventfd_write(wake, 3)
+    loop.help(wake)
+    os.set_blocking(wake, False)
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(wake)
+
+
+def test_events_that_are_not_shared_stay_the_loops(loop: EventLoop, eventfd: int, wake: int) -> None:
+    threads: queue.Queue[str] = queue.Queue()
+
+    def handler() -> None:
+        threads.put(threading.current_thread().name)
+        os.eventfd_write(wake, 1)
+
+    loop.add(eventfd, handler, select.EPOLLIN | select.EPOLLET)
+    loop.start(unexpected)
+    threading.Timer(0.01, os.eventfd_write, (eventfd, 1)).start()
+    loop.help(wake)
+    assert threads.get() == "events"
+
+
+def test_an_event_that_comes_as_the_help_ends_is_the_loops(loop: EventLoop, eventfd: int, wake: int) -> None:
+    threads: queue.Queue[str] = queue.Queue()
+    loop.add_shared(eventfd, lambda: threads.put(threading.current_thread().name), select.EPOLLIN | select.EPOLLET)
+    os.eventfd_write(wake, 1)
+    loop.help(wake)
+    os.eventfd_write(eventfd, 1)
+    loop.start(unexpected)
+    assert threads.get() == "events"
+
+
+def test_an_exception_is_the_helpers(loop: EventLoop, eventfd: int, wake: int) -> None:
+    def fail() -> None:
+        raise ValueError("a bug")
+
+    loop.add_shared(eventfd, fail, select.EPOLLIN | select.EPOLLET)
+    os.eventfd_write(eventfd, 1)
+    with pytest.raises(ValueError, match="a bug"):
+        loop.help(wake)
+
+
+def test_no_event_is_lost_between_the_two_threads(loop: EventLoop, wake: int) -> None:
+    """As an engine does it: it sleeps until a handler has left a mark, and whoever leaves one wakes it.
+
+    Each event is answered before the next is made, so that one that is lost is the end of it.
+    """
+    marks: list[int] = []
+    answered = threading.Semaphore(0)
+    rounds = 3000
+
+    def handler(number: int) -> None:
+        marks.append(number)
+        os.eventfd_write(wake, 1)
+
+    sources = [os.eventfd(0) for _ in range(3)]
+    for number, source in enumerate(sources):
+        loop.add_shared(source, lambda number=number: handler(number), select.EPOLLIN | select.EPOLLET)  # type: ignore[misc]
+    loop.start(unexpected)
+
+    def make() -> None:
+        for number in range(rounds):
+            os.eventfd_write(sources[number % 3], 1)
+            assert answered.acquire(timeout=60)
+
+    maker = threading.Thread(target=make)
+    maker.start()
+    for number in range(rounds):
+        while not marks:
+            loop.help(wake)
+        assert marks.pop() == number % 3
+        answered.release()
+        for _ in range(number % 50):  # for some time nobody helps
+            pass
+    maker.join()
+    loop.stop()
+    for source in sources:
+        os.close(source)

@@ -19,6 +19,7 @@ import ctypes
 import os
 from collections import deque
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 
 from lguest_mp.codemap import CodeMap
@@ -60,6 +61,7 @@ class UnicornEngine(Engine):
         self._failure: BaseException | None = None
         self._jobs: deque[Callable[[], None]] = deque()
         self._sleeping = False
+        self._thread = 0
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._syscall = ctypes.CDLL(None, use_errno=True).syscall
         self._fence(_MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED)
@@ -221,6 +223,7 @@ class UnicornEngine(Engine):
     def run(self) -> None:
         """Runs the guest; see Engine."""
         internals = self._internals
+        self._thread = get_ident()
         start, uc = self._library.dll.uc_emu_start, internals.uc
         while True:
             error = start(uc, internals.rip.value, 0, 0, 0)
@@ -240,14 +243,14 @@ class UnicornEngine(Engine):
         # kick() and call() look at _sleeping after they have left their mark, so a mark that is not seen here
         # makes them write the eventfd.
         self._sleeping = True
-        pending = self._platform.interrupt_pending
+        pending, idle = self._platform.interrupt_pending, self._platform.idle
         try:
             while True:
                 if self._jobs:
                     self._run_jobs()
                 if pending():
                     break
-                os.eventfd_read(self._wake)
+                idle(self._wake)
         except BaseException as error:
             self._failure = error
         finally:
@@ -257,7 +260,8 @@ class UnicornEngine(Engine):
     def kick(self) -> None:
         """Has the CPU look for interrupts; see Engine."""
         if self._sleeping:
-            os.eventfd_write(self._wake, 1)
+            if get_ident() != self._thread:  # which looks of its own accord when it is done
+                os.eventfd_write(self._wake, 1)
             return
         internals = self._internals
         internals.interrupt_request.value = _CPU_INTERRUPT_HARD
