@@ -10,7 +10,8 @@ A worker that serves a queue does this and no more::
 
 Completions are *published* (the driver sees them) and the driver is interrupted, if it wants to be, when ``wait()``
 finds nothing more to do, when ``BATCH`` of them have come together, and at :meth:`Queue.flush`. A device calls
-``flush()`` before anything that may take long, so that finished work does not wait behind it.
+``flush()`` before anything that may take long, so that finished work does not wait behind it. A device whose work comes
+from elsewhere and in bursts takes that into its own hands: ``push_together``, ``publish`` and ``flush``.
 
 **What the driver may not do** is checked here, all of it, and each check names the section of the standard whose rule
 it holds; DeviceProtocolError then means that the device needs a reset. The driver shares its memory with the guest's
@@ -51,7 +52,8 @@ import functools
 import os
 import select
 import struct
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
@@ -179,6 +181,8 @@ class Queue:
         # All indices are 16 bits and wrap, as in the rings.
         #: The used index as published: private, because the driver can write the one in memory.
         self._used_index = self._used[1]
+        #: Where it was when it was last decided whether the driver wants an interrupt.
+        self._signalled = self._used_index
         #: The next entry of the available ring that is taken, and how far it is known to be filled.
         self._next_available = self._used_index
         self._seen_available = self._used_index
@@ -195,6 +199,19 @@ class Queue:
                 return chain
             self.flush()
             self._sleep()
+
+    def wait_for(self, seconds: float) -> Chain | None:
+        """The next buffer; publishes and sleeps until there is one, but no longer than that: None then."""
+        deadline = time.monotonic() + seconds
+        while True:
+            chain = self.pop()
+            if chain is not None:
+                return chain
+            self.flush()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None
+            self._sleep(left)
 
     def pop(self) -> Chain | None:
         """The next buffer, if there is one now."""
@@ -218,14 +235,25 @@ class Queue:
 
         Chains are pushed in the order in which they were popped. The driver sees them after the next ``flush()``.
         """
+        self._complete(chain, written)
+        if len(self._completed) >= BATCH:
+            self.flush()
+
+    def push_together(self, parts: Iterable[tuple[Chain, int]]) -> None:
+        """The same for several chains (with how much is written in each) that the driver is to find all at once.
+
+        They are the device's to publish: that does not happen by itself, however many they are.
+        """
+        for chain, written in parts:
+            self._complete(chain, written)
+
+    def _complete(self, chain: Chain, written: int) -> None:
         self._completed.append(chain.head | min(written, 0xFFFFFFFF) << 32)
         if self._watch is not None:
             if written >= sum(map(_length, chain.writable_ranges)):
                 self._written += chain.writable_ranges
             else:
                 self._written += _first_bytes(chain.writable_ranges, written)
-        if len(self._completed) >= BATCH:
-            self.flush()
 
     @property
     def unpublished(self) -> int:
@@ -234,6 +262,14 @@ class Queue:
 
     def flush(self) -> None:
         """Publishes what was pushed, and interrupts the driver if it wants that."""
+        self.publish()
+        self._signal()
+
+    def publish(self) -> None:
+        """Has the driver find what was pushed, when it looks. It is not told before the next ``flush()``.
+
+        Except when the driver has so much to find that there may be nothing left that it made available.
+        """
         completed = self._completed
         if not completed:
             return
@@ -241,7 +277,7 @@ class Queue:
             self._fence.full()
             self._watch.written(self._written)
             self._written.clear()
-        old = index = self._used_index
+        index = self._used_index
         mask = self.size - 1
         ring = self._used_ring
         for entry in completed:
@@ -249,20 +285,30 @@ class Queue:
             index += 1
         completed.clear()
         self._used_index = self._used[1] = index & 0xFFFF
-        if self._wants_interrupt(index, old) or not self._no_is_final(index, old):
+        if (index - self._signalled) & 0xFFFF >= self.size:
+            self._signal()
+
+    def _signal(self) -> None:
+        """Interrupts the driver if it wants to be told of what was published since the last time."""
+        index = self._used_index
+        news = (index - self._signalled) & 0xFFFF
+        if not news:
+            return
+        self._signalled = index
+        if self._wants_interrupt(index, news) or not self._no_is_final(index, news):
             os.eventfd_write(self._call, 1)
 
-    def _no_is_final(self, index: int, old: int) -> bool:
+    def _no_is_final(self, index: int, news: int) -> bool:
         """Whether the driver still wants no interrupt once it must have seen the used index."""
         if not self._fence.reaches_guest:
             return False  # its yes may be on its way to us at any time
         self._fence.full()
-        return not self._wants_interrupt(index, old)
+        return not self._wants_interrupt(index, news)
 
-    def _wants_interrupt(self, index: int, old: int) -> bool:
-        """Whether the driver wants to be told that the used index moved from ``old`` to ``index`` (2.7.7.2)."""
+    def _wants_interrupt(self, index: int, news: int) -> bool:
+        """Whether the driver wants to be told that the used index moved by ``news`` and is ``index`` (2.7.7.2)."""
         if self._event_idx:
-            return (index - self._available[self._used_event] - 1) & 0xFFFF < index - old
+            return (index - self._available[self._used_event] - 1) & 0xFFFF < news
         return not self._available[0] & AVAIL_F_NO_INTERRUPT
 
     def _suppress_notifications(self) -> None:
@@ -271,25 +317,29 @@ class Queue:
         # before it has made another 65536 buffers available.
         self._used[0] = 0 if self._event_idx else USED_F_NO_NOTIFY
 
-    def _sleep(self) -> None:
-        """Returns when the available index has moved, or when it may have."""
+    def _sleep(self, seconds: float | None = None) -> None:
+        """Returns when the available index has moved, or when it may have, or after ``seconds``."""
         index = self._next_available
         if self._event_idx:
             self._avail_event[0] = index
         else:
             self._used[0] = 0
         self._fence.full()
-        if self._available[1] == index and (self._fence.reaches_guest or not self._late_arrival(index)):
+        nothing_came = self._available[1] == index and (self._fence.reaches_guest or not self._late_arrival(index))
+        if nothing_came and (seconds is None or self._is_kicked_within(seconds)):
             os.read(self._kick, 8)
         if not self._event_idx:
             self._suppress_notifications()
 
-    def _late_arrival(self, index: int) -> bool:
-        """Sleeps shortly and looks again, in place of a fence that reaches the guest: whether something came."""
+    def _is_kicked_within(self, seconds: float) -> bool:
         poll = select.poll()
         poll.register(self._kick, select.POLLIN)
-        for timeout in RECHECKS:
-            if poll.poll(timeout):
+        return bool(poll.poll(seconds * 1000))
+
+    def _late_arrival(self, index: int) -> bool:
+        """Sleeps shortly and looks again, in place of a fence that reaches the guest: whether something came."""
+        for milliseconds in RECHECKS:
+            if self._is_kicked_within(milliseconds / 1000):
                 return False  # a notification, which is still to be taken
             if self._available[1] != index:
                 return True

@@ -56,7 +56,7 @@ class Idle(Exception):
 class IdlingQueue(Queue):
     """A queue that says so instead of sleeping."""
 
-    def _sleep(self) -> None:
+    def _sleep(self, seconds: float | None = None) -> None:
         raise Idle
 
 
@@ -66,12 +66,16 @@ class Context:
 
     lines: list[str] = field(default_factory=list)
     interrupts: int = 0
+    configuration: list[tuple[int, bytes]] = field(default_factory=list)
 
     def log(self, text: str) -> None:
         self.lines.append(text)
 
     def interrupt_guest(self) -> None:
         self.interrupts += 1
+
+    def config_changed(self, offset: int, data: bytes) -> None:
+        self.configuration.append((offset, data))
 
 
 class MockDriver:
