@@ -11,7 +11,8 @@ end of each ``SOCK_SEQPACKET`` pair:
   :class:`Failed`, :class:`Interrupted`, :class:`Log`.
 - *events*, to the machine: :class:`Start`, once; then what happened outside, :class:`ConfigChanged` and
   :class:`DeviceBroken`.
-- *reports*, one from each worker: :class:`Serving`, once; :class:`Log`, :class:`Interrupted`, :class:`Broken`.
+- *reports*, one from each worker: :class:`Serving`, once; :class:`Log`, :class:`Interrupted`, :class:`Reconfigured`,
+  :class:`Broken`.
 """
 
 from __future__ import annotations
@@ -138,6 +139,14 @@ class Serving:
 
 
 @dataclass(frozen=True)
+class Reconfigured:
+    """A worker changes its device's configuration space: ``data`` (hexadecimal) is now at ``offset``."""
+
+    offset: int
+    data: str
+
+
+@dataclass(frozen=True)
 class Broken:
     """A worker stops because the driver broke the standard; ``text`` says how."""
 
@@ -161,6 +170,7 @@ Message: TypeAlias = (
     | ConfigChanged
     | DeviceBroken
     | Serving
+    | Reconfigured
     | Broken
 )
 

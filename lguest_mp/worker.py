@@ -43,6 +43,9 @@ class WorkerContext(Protocol):
     def interrupt_guest(self) -> None:
         """Asks the supervisor to stop the guest as SIGINT would."""
 
+    def config_changed(self, offset: int, data: bytes) -> None:
+        """Has ``data`` appear at ``offset`` in the device's configuration space, and the driver told."""
+
 
 class Reports:
     """A worker's words to its supervisor (a WorkerContext)."""
@@ -55,6 +58,9 @@ class Reports:
 
     def interrupt_guest(self) -> None:
         self._say(protocol.Interrupted())
+
+    def config_changed(self, offset: int, data: bytes) -> None:
+        self._say(protocol.Reconfigured(offset, data.hex()))
 
     def serving(self) -> None:
         """The queue is set up."""

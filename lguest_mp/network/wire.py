@@ -47,6 +47,9 @@ class Wire(ABC):
         """The process that makes this network, where there is one; the supervisor watches it."""
         return None
 
+    def helper_ended(self) -> None:  # noqa: B027 -- most wires have none
+        """In the supervisor, which has reaped the helper."""
+
     def attach(self, features: int, header_size: int) -> None:  # noqa: B027 -- most wires need not know
         """In a worker, before it serves: the guest's driver accepted ``features``.
 

@@ -107,10 +107,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Listener:
-    """Whom the devices tell: that the guest is to end; that a device (its index) needs a reset."""
+    """Whom the devices tell: that the guest is to end; what the machine has to know, of devices by their index."""
 
     end: Callable[[Ending], None]
-    device_broken: Callable[[int], None]
+    tell_machine: Callable[[protocol.DeviceBroken | protocol.ConfigChanged], None]
 
 
 class Devices:
@@ -151,6 +151,11 @@ class Devices:
                 return self._reset_queue(served, message.queue)
             case DeviceReset():
                 return self._reset_device(served)
+
+    def reconfigure(self, served: ServedDevice, offset: int, data: bytes) -> None:
+        """Changes a device's configuration space; ValueError if it has nothing there."""
+        served.port.device.apply_config(offset, data)
+        self._listener.tell_machine(protocol.ConfigChanged(served.index, offset, data.hex()))
 
     def workers(self) -> Iterator[Worker]:
         """Those who serve now, whatever device."""
@@ -268,7 +273,7 @@ class Devices:
                 self._hear(each, message)
         except BlockingIOError:
             return
-        except ProtocolError:
+        except (ProtocolError, ValueError):
             self._loop.forget(each.reports.fileno())
             self._listener.end(ending.worker_died(each.child.name, "broke the protocol"))
 
@@ -282,6 +287,8 @@ class Devices:
                     say(text)
             case protocol.Interrupted():
                 self._listener.end(ending.Signalled(signal.SIGINT))
+            case protocol.Reconfigured(offset, data):
+                self.reconfigure(each.served, offset, bytes.fromhex(data))
             case protocol.Broken(text):
                 each.broken = text
             case _:
@@ -305,7 +312,7 @@ class Devices:
         each.served.life = DeviceLife.BROKEN
         for other in each.served.workers.values():
             self._stop(other)
-        self._listener.device_broken(each.served.index)
+        self._listener.tell_machine(protocol.DeviceBroken(each.served.index))
 
     def _verbose(self, text: str) -> None:
         if self._resources.config.verbose:

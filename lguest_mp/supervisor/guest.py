@@ -22,6 +22,7 @@ import socket
 import struct
 import time
 from enum import Enum, auto
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lguest_mp import prctl, protocol, terminal
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from lguest_mp.supervisor.resources import Resources
     from lguest_mp.supervisor.signals import Signals
     from lguest_mp.terminal import Terminal
+    from lguest_mp.virtio.device import Device
 
 #: How long (seconds) a process may take to end when it is told to; then it is killed.
 GRACE = 2.0
@@ -126,7 +128,7 @@ class Guest:
             self._watches,
             self._naming,
             self._loop,
-            Listener(self._end, lambda device: self._tell_machine(self._events, protocol.DeviceBroken(device))),
+            Listener(self._end, lambda message: self._tell_machine(self._events, message)),
             self._grace,
         )
 
@@ -147,6 +149,9 @@ class Guest:
         self._loop.watch(self._signals.fd, self._on_signals, first=True)
         self._loop.watch(self._requests.fileno(), self._on_request)
         self._loop.watch(machine.pidfd, lambda: self._on_machine_exit(machine))
+        for device in self._resources.devices:
+            if (helper := device.helper) is not None:
+                self._loop.watch(helper.pidfd, partial(self._on_helper_exit, device, helper))
         return self._resources.load_kernel()
 
     def _be_machine(self) -> int:
@@ -284,6 +289,15 @@ class Guest:
         except OSError:
             return
 
+    # ---- Helpers of devices ----
+
+    def _on_helper_exit(self, device: Device, helper: Child) -> None:
+        """A helper is no worker: its device lives on without it, and its worker finds out in its own way."""
+        self._loop.forget(helper.pidfd)
+        how = children.how_it_ended(helper.reap())
+        device.helper_ended()
+        say(f"{helper.name} {how}; {device.name} is without it from now on")
+
     # ---- Signals ----
 
     def _on_signals(self) -> None:
@@ -308,8 +322,7 @@ class Guest:
         data = struct.pack("<HH", *(min(side, 0xFFFF) for side in size))
         for served in self._served:
             if served.port.device.device_id is DeviceId.CONSOLE:
-                served.port.device.apply_config(0, data)
-                self._tell_machine(self._events, protocol.ConfigChanged(served.index, 0, data.hex()))
+                self._devices.reconfigure(served, 0, data)
 
     def _suspend(self) -> None:
         """Stops the whole guest, as the shell's job that it is, until somebody continues it."""
@@ -344,8 +357,9 @@ class Guest:
     # ---- The end ----
 
     def _children(self) -> list[Child]:
-        workers = [each.child for each in self._devices.workers()]
-        return workers if self._machine is None else [self._machine, *workers]
+        machine = [] if self._machine is None else [self._machine]
+        helpers = [device.helper for device in self._resources.devices if device.helper is not None]
+        return [*machine, *(each.child for each in self._devices.workers()), *helpers]
 
     def _end_processes(self) -> None:
         """The machine first, so that nobody works for it any more, then the workers; the terminal is the user's."""

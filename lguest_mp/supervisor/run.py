@@ -43,4 +43,4 @@ def _describe(config: GuestConfig, devices: list[Device], reboots: int) -> None:
     if config.initrd is not None:
         say(f"initrd {config.initrd}")
     for index, device in enumerate(devices):
-        say(f"device {index}: {device.name}")
+        say(f"device {index}: {device.description}")

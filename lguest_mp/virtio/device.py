@@ -19,6 +19,7 @@ from enum import IntEnum, IntFlag
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lguest_mp.supervisor.children import Child
     from lguest_mp.virtio.queue import Queue
     from lguest_mp.worker import WorkerContext
 
@@ -110,9 +111,19 @@ class Device(ABC):
         """
 
     @property
+    def description(self) -> str:
+        """Which device this is, for a person."""
+        return self.name
+
+    @property
     def files(self) -> tuple[int, ...]:
         """The host's file descriptors that its workers need; every other process may close them."""
         return ()
+
+    @property
+    def helper(self) -> Child | None:
+        """A process besides the workers without which it cannot work; the supervisor watches it."""
+        return None
 
     @abstractmethod
     def serve(self, queue_index: int, queue: Queue, context: WorkerContext) -> None:
@@ -122,5 +133,8 @@ class Device(ABC):
         exception is a bug of ours and ends the worker.
         """
 
+    def helper_ended(self) -> None:  # noqa: B027 -- most devices have none
+        """The supervisor has reaped the helper."""
+
     def close(self) -> None:  # noqa: B027 -- most devices hold nothing
-        """Closes what the device holds of the host's."""
+        """Closes what the device holds of the host's, and ends its helper."""
