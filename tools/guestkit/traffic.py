@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import socket
+import time
 from dataclasses import dataclass
 
-#: One write or read of a program, in the guest and here, in bytes.
-PIECE = 128 * 1024
+from guestkit.disk import MIB
+
+#: What the programs that wait for somebody show when they do (for Session.wait_for).
+LISTENING = r"^listening\r*\n"
 #: How long the other side may be silent, in seconds.
 _PATIENCE = 60.0
 
+#: What all of them share: an IPv4 address and a port as sockaddr_in.
 _ADDRESS = r"""
 sub address { return pack("Sna4x8", 2, $_[1], pack("C4", split(/\./, $_[0]))) }
 """
 
-#: Listens (once) or connects, then sends a file's content or stores what comes; prints how many bytes.
+#: Listens (once, and says so) or connects, then sends a file's content or stores what comes; prints how many bytes.
 _TRANSFER = r"""
 ($role, $host, $port, $direction, $file) = @ARGV;
 socket(S, 2, 1, 6) or die "socket: $!";
 if ($role eq "listen") {
     setsockopt(S, 1, 2, pack("i", 1)); bind(S, address($host, $port)) or die "bind: $!"; listen(S, 1);
-    accept(C, S) or die "accept: $!";
+    $| = 1; print "listening\n"; accept(C, S) or die "accept: $!";
 } else {
     connect(S, address($host, $port)) or die "connect: $!"; *C = *S;
 }
@@ -40,9 +44,10 @@ close($to) or die "close: $!";
 print "$total\n";
 """
 
-#: Sends every datagram back to where it came from, until an empty one comes; prints how many.
+#: Sends every datagram back to where it came from, until an empty one comes; says that it listens, and how many came.
 _ECHO = r"""
 socket(S, 2, 2, 17) or die "socket: $!"; bind(S, address("0.0.0.0", $ARGV[0])) or die "bind: $!";
+$| = 1; print "listening\n";
 while (defined($from = recv(S, $b, 2048, 0)) and length $b) { send(S, $b, 0, $from) or die "send: $!"; $n++; }
 print "$n\n";
 """
@@ -54,12 +59,11 @@ socket(S, 2, 1, 6) or die "socket: $!"; connect(S, address($host, $port)) or die
 for ($left = $mib * 1048576; $left > 0; $left -= $n) { $n = syswrite(S, $b, 131072) or die "write: $!"; }
 """
 
-#: Reads until the end and keeps nothing.
+#: Reads that many MiB and keeps nothing.
 _SINK = r"""
-($host, $port) = @ARGV;
+($host, $port, $mib) = @ARGV;
 socket(S, 2, 1, 6) or die "socket: $!"; connect(S, address($host, $port)) or die "connect: $!";
-while ($n = sysread(S, $b, 131072)) { }
-defined $n or die "read: $!";
+for ($left = $mib * 1048576; $left > 0; $left -= $n) { $n = sysread(S, $b, 131072) or die "read: $!"; }
 """
 
 
@@ -89,9 +93,9 @@ def guest_sends(host: str, port: int, mebibytes: int) -> str:
     return _perl(_SOURCE, host, port, mebibytes)
 
 
-def guest_reads(host: str, port: int) -> str:
-    """The command that connects to ``host`` and reads all that comes, as fast as can be."""
-    return _perl(_SINK, host, port)
+def guest_reads(host: str, port: int, mebibytes: int) -> str:
+    """The command that connects to ``host`` and reads that much, as fast as can be."""
+    return _perl(_SINK, host, port, mebibytes)
 
 
 def listener(address: str = "0.0.0.0") -> socket.socket:
@@ -117,11 +121,34 @@ def checksum_of_the_rest(connection: socket.socket) -> tuple[int, str]:
     """Reads until the end: how many bytes came, and their SHA-256 in hexadecimal."""
     digest = hashlib.sha256()
     total = 0
-    piece = bytearray(PIECE)
+    piece = bytearray(MIB)
     while length := connection.recv_into(piece):
         digest.update(memoryview(piece)[:length])
         total += length
     return total, digest.hexdigest()
+
+
+def seconds_to_send(connection: socket.socket, mebibytes: int) -> float:
+    """Sends that much; how long it took until the other side had read it and closed the connection."""
+    piece = bytes(MIB)
+    started = time.monotonic()
+    for _ in range(mebibytes):
+        connection.sendall(piece)
+    connection.shutdown(socket.SHUT_WR)
+    connection.recv(1)
+    return time.monotonic() - started
+
+
+def seconds_to_receive(connection: socket.socket, mebibytes: int) -> float:
+    """Reads until the end, which is after that much; how long it took."""
+    piece = bytearray(MIB)
+    total = 0
+    started = time.monotonic()
+    while length := connection.recv_into(piece):
+        total += length
+    seconds = time.monotonic() - started
+    assert total == mebibytes * MIB
+    return seconds
 
 
 @dataclass(frozen=True)
