@@ -36,7 +36,7 @@ def directory(user: User | None = None) -> Path:
     with acting_as(user):
         path = _place(uid)
         try:
-            make_private(path, uid)
+            make_private(path)
         except OSError as error:
             raise LguestError(
                 f"runtime directory {path}: {error.strerror}; $XDG_RUNTIME_DIR may name another"
@@ -44,8 +44,8 @@ def directory(user: User | None = None) -> Path:
     return path
 
 
-def make_private(path: Path, uid: int) -> None:
-    """Makes the directory ``path`` for nobody but ``uid`` (whom this process acts as), if it is not there.
+def make_private(path: Path) -> None:
+    """Makes the directory ``path``, if it is not there, for nobody but the user whom this process is or acts as.
 
     LguestError if it is there and is somebody else's, or others may enter it. OSError.
     """
@@ -57,7 +57,7 @@ def make_private(path: Path, uid: int) -> None:
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise LguestError(f"{path} is in the way: it is no directory; remove it")
-    if found.st_uid != uid:
+    if found.st_uid != os.geteuid():
         raise LguestError(f"{path} belongs to another user, who may mean harm; remove it")
     if stat.S_IMODE(found.st_mode) != 0o700:
         raise LguestError(f"{path} must be its owner's alone; chmod 700 {path}")
@@ -67,10 +67,12 @@ def make_private(path: Path, uid: int) -> None:
 def acting_as(user: User | None) -> Iterator[None]:
     """Within it, files are made, found and refused as for ``user``; None: as for this process's own.
 
+    A process that became that user for good, or acts as it already, stays as it is.
+
     So no link in a directory of that user's leads root astray. For a process of one thread. LguestError if the host
     does not let it be that user.
     """
-    if user is None:
+    if user is None or user.uid == os.geteuid():
         yield
         return
     uid, gid, groups = os.geteuid(), os.getegid(), os.getgroups()

@@ -70,12 +70,12 @@ class TestWhere:
     def test_the_directory_of_a_login(self, host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "geteuid", lambda: 1234)
         monkeypatch.setattr(runtime, "_is_own", lambda path, uid: (path, uid) == (host / "run/user/1234", 1234))
-        monkeypatch.setattr(runtime, "make_private", lambda path, uid: None)
+        monkeypatch.setattr(runtime, "make_private", lambda path: None)
         assert runtime.directory() == host / "run/user/1234/lguest"
 
     def test_a_host_without_logins(self, host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "geteuid", lambda: 1234)
-        monkeypatch.setattr(runtime, "make_private", lambda path, uid: None)
+        monkeypatch.setattr(runtime, "make_private", lambda path: None)
         assert runtime.directory() == host / "tmp/lguest-1234"
 
     @root_only
@@ -159,6 +159,16 @@ class TestActingAs:
         before = self.identity()
         with pytest.raises(ZeroDivisionError), runtime.acting_as(nobody):
             _ = 1 / 0
+        assert self.identity() == before
+
+    @root_only
+    def test_one_whom_one_acts_as_already(self, nobody: jail.User) -> None:
+        before = self.identity()
+        with runtime.acting_as(nobody):
+            acting = self.identity()
+            with runtime.acting_as(nobody):
+                assert self.identity() == acting
+            assert self.identity() == acting
         assert self.identity() == before
 
     @root_only
