@@ -33,7 +33,9 @@ Options, anywhere before '--':
   --block=<file>      a disk; may be given several times
   --rng               a source of random numbers
   --initrd=<file>     the initial RAM disk
-  --tunnet=<...>      a network device; not in this version
+  --net=<network>     a network device; may be given several times (below)
+  --tunnet=<ip>[:<mac>] or --tunnet=bridge:<name>[:<mac>]
+                      the same as --net=tap,ip=<ip> or --net=tap,bridge=<name>
   --username=<user>   become this user before the guest runs (as root)
   --chroot=<dir>      make this the root directory before the guest runs (as root)
   --name=<name>       what to call the guest in 'ps'; otherwise the process ID
@@ -42,12 +44,19 @@ Options, anywhere before '--':
   -v, --verbose       tell what happens
   --help, --version
 
+Networks (each with mac=<mac> and mtu=<bytes>, if you like):
+  tap                 an interface of the host (as root); with ip=<address>[/<prefix>] for the host, or bridge=<name> to
+                      join; interface=<name>: its name, or one that an administrator made
+  user                a network of its own behind the host's, no privileges (slirp4netns);
+                      forward=tcp:2222:22 leads from the host's port to the guest's; again for another
+  link:<name>         one wire for all of your guests that name it, no privileges
+
 The terminal is the guest's console. Three ^C within a second stop the guest.
 
 Exit status: 0 the guest powered off, 1 lguest could not do it, 2 usage, 3 the guest died, 4 a device's worker died.
 """
 _OPTIONS = [
-    *("verbose", "tunnet=", "block=", "rng", "initrd=", "username=", "chroot="),
+    *("verbose", "net=", "tunnet=", "block=", "rng", "initrd=", "username=", "chroot="),
     *("name=", "cpu=", "machine=", "help", "version"),
 ]
 _CPUS = ("unicorn",)
@@ -110,9 +119,15 @@ def _devices(given: list[tuple[str, str]]) -> tuple[DeviceConfig, ...]:
                 devices.append(BlockConfig(_file("--block", value)))
             case "rng":
                 devices.append(RngConfig())
-            case "tunnet":
-                raise LguestError(f"--tunnet={value}: networking is not in this version; leave it out")
+            case "net" | "tunnet":
+                devices.append(_network(name, value))
     return tuple(devices)
+
+
+def _network(option: str, value: str) -> DeviceConfig:
+    from lguest_mp.network import options  # noqa: PLC0415 -- most guests have none
+
+    return options.parse_net(value) if option == "net" else options.parse_tunnet(value)
 
 
 def _memory(text: str) -> int:

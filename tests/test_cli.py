@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lguest_mp import __version__, cli
-from lguest_mp.config import BlockConfig, GuestConfig, RngConfig
+from lguest_mp.config import BlockConfig, GuestConfig, LinkConfig, NetConfig, RngConfig, TapConfig
 from lguest_mp.errors import LguestError
 
 
@@ -108,17 +108,43 @@ def test_a_file_without_a_name(option: str) -> None:
         cli.parse([option, "256", "vmlinuz"])
 
 
-def test_a_network_is_not_in_this_version(capfd: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--tunnet=192.168.0.1", "256", "vmlinuz"]) == 1
-    assert "networking is not in this version" in capfd.readouterr().err
+def test_networks_are_devices_among_the_others() -> None:
+    config = cli.parse(
+        ["--net=link:lab", "--rng", "--tunnet=10.0.0.1:02:00:00:00:00:01", "--net", "tap,bridge=br0", "256", "vmlinuz"]
+    )
+    assert config.devices == (
+        NetConfig(LinkConfig("lab")),
+        RngConfig(),
+        NetConfig(TapConfig(address="10.0.0.1"), mac=bytes.fromhex("020000000001")),
+        NetConfig(TapConfig(bridge="br0")),
+    )
+
+
+def test_a_network_that_is_none_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--net=token-ring", "256", "vmlinuz"]) == 1
+    error = capfd.readouterr().err
+    assert error.startswith("lguest: --net=token-ring: ")
+    assert error.count("\n") == 1
 
 
 def test_help_names_every_option(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     output, errors = capfd.readouterr()
     assert not errors
-    for option in ("verbose", "tunnet", "block", "rng", "initrd", "username", "chroot", "name", "cpu", "machine"):
-        assert f"--{option}" in output
+    for option in (
+        "verbose",
+        "net",
+        "tunnet",
+        "block",
+        "rng",
+        "initrd",
+        "username",
+        "chroot",
+        "name",
+        "cpu",
+        "machine",
+    ):
+        assert f"--{option.rstrip('=')}" in output
     assert all(len(line) <= 120 for line in output.splitlines())
 
 

@@ -32,6 +32,9 @@ class Wire(ABC):
     #: Whether that header comes from somebody who may lie (another guest) and has to be checked.
     is_suspect: bool = False
 
+    def connect(self) -> None:  # noqa: B027 -- most wires are ready at once
+        """Finishes what the constructor began and somebody else had to do; before anything is forked. LguestError."""
+
     @property
     @abstractmethod
     def description(self) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import socket
 
     from lguest_mp.codemap import WriteWatch
-    from lguest_mp.config import GuestConfig
+    from lguest_mp.config import GuestConfig, NetConfig
     from lguest_mp.cpu.engine import EntryState
     from lguest_mp.machine.wiring import DevicePort
     from lguest_mp.memory import GuestMemory
@@ -110,14 +110,14 @@ def pc() -> Parts:
 def _open_virtio_devices(config: GuestConfig) -> list[Device]:
     """The console, which every guest has, and then the command line's devices in its order."""
     from lguest_mp import terminal  # noqa: PLC0415
-    from lguest_mp.config import BlockConfig, RngConfig  # noqa: PLC0415
+    from lguest_mp.config import BlockConfig, NetConfig, RngConfig  # noqa: PLC0415
     from lguest_mp.virtio.block import Block  # noqa: PLC0415
     from lguest_mp.virtio.console import Console  # noqa: PLC0415
     from lguest_mp.virtio.rng import Rng  # noqa: PLC0415
 
     columns, rows = terminal.size() or (80, 25)
     devices: list[Device] = [Console(columns=columns, rows=rows)]
-    counts = {BlockConfig: 0, RngConfig: 0}
+    counts = {BlockConfig: 0, RngConfig: 0, NetConfig: 0}
     try:
         for wanted in config.devices:
             number = counts[type(wanted)]
@@ -127,11 +127,24 @@ def _open_virtio_devices(config: GuestConfig) -> list[Device]:
                     devices.append(Block(f"block{number}", path))
                 case RngConfig():
                     devices.append(Rng(f"rng{number}"))
+                case NetConfig():
+                    devices.append(_open_net(config, wanted, number))
     except BaseException:
         for device in devices:
             device.close()
         raise
     return devices
+
+
+def _open_net(config: GuestConfig, wanted: NetConfig, number: int) -> Device:
+    from lguest_mp.network import mac  # noqa: PLC0415 -- most guests have no network
+    from lguest_mp.network.opening import open_wire  # noqa: PLC0415
+    from lguest_mp.virtio.net import Net  # noqa: PLC0415
+
+    name = f"net{number}"
+    address = wanted.mac or mac.default(config.name, number)
+    wire, mtu = open_wire(config, wanted, name, address)
+    return Net(name, wire, address, mtu, offload=wanted.offload)
 
 
 def _load_pc() -> MachineBody:

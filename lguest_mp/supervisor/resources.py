@@ -94,6 +94,9 @@ def open_all(config: GuestConfig, parts: Parts) -> Resources:
             null = os.open(os.devnull, os.O_RDWR)
         except OSError as error:
             raise LguestError(f"cannot open {os.devnull}: {error.strerror}") from error
+        opened.callback(os.close, null)
+        for device in devices:
+            device.connect()
         opened.pop_all()
     return Resources(config, parts, memory, devices, null, confinement, kernel)
 

@@ -133,6 +133,9 @@ class Device(ABC):
         exception is a bug of ours and ends the worker.
         """
 
+    def connect(self) -> None:  # noqa: B027 -- most devices are ready at once
+        """Finishes what making the device began and a helper has to do, as late as it can be. LguestError."""
+
     def helper_ended(self) -> None:  # noqa: B027 -- most devices have none
         """The supervisor has reaped the helper."""
 

@@ -1,0 +1,34 @@
+"""Plugs a network device into what its configuration names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lguest_mp import jail
+from lguest_mp.config import LinkConfig, TapConfig, UserConfig
+
+if TYPE_CHECKING:
+    from lguest_mp.config import GuestConfig, NetConfig
+    from lguest_mp.network.wire import Wire
+
+
+def open_wire(config: GuestConfig, net: NetConfig, name: str, mac: bytes) -> tuple[Wire, int | None]:
+    """The wire of device ``name``, whose MAC is ``mac``, and the MTU that the guest is told. LguestError.
+
+    What a kind of wire needs is imported with it: a guest has one kind at most, usually.
+    """
+    user = jail.prepare(config.username, None).user
+    match net.wire:
+        case TapConfig() as tap:
+            from lguest_mp.network.tap import Tap  # noqa: PLC0415
+
+            return Tap(tap, net.mtu), net.mtu
+        case LinkConfig(link):
+            from lguest_mp.network.link import Link  # noqa: PLC0415
+
+            return Link(link, mac, user), net.mtu
+        case UserConfig() as own:
+            from lguest_mp.network.user import UserNetwork  # noqa: PLC0415
+
+            wire = UserNetwork(own, net.mtu, config.name, name, user)
+            return wire, wire.mtu
