@@ -1,0 +1,492 @@
+"""A network without privileges: a guest made of frames on one side, the host's own sockets on the other."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+from tinyguest import ACK, PATIENCE, PSH, RST, SYN, Segment, TinyGuest
+
+from guestkit.cache import cache_directory
+from guestkit.kit import GuestKit
+from guestkit.progress import SetupError
+from guestkit.slirp import Slirp
+from lguest_mp import runtime
+from lguest_mp.config import Forward, UserConfig
+from lguest_mp.errors import LguestError
+from lguest_mp.jail import User
+from lguest_mp.network import user
+from lguest_mp.network.user import UserNetwork
+from lguest_mp.network.wire import WireGone
+from lguest_mp.supervisor import children
+from lguest_mp.supervisor.children import Child
+
+ROUTER = "10.0.2.2"
+
+Plug = Callable[..., UserNetwork]
+
+
+@pytest.fixture(scope="session")
+def slirp() -> Slirp:
+    """Debian's slirp4netns, unpacked."""
+    try:
+        return GuestKit(cache_directory()).slirp
+    except SetupError as error:
+        pytest.skip(f"there is no slirp4netns, and it cannot be fetched: {error}")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The runtime directory of these tests."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    return runtime.directory()
+
+
+@pytest.fixture
+def path(slirp: Slirp, monkeypatch: pytest.MonkeyPatch) -> str:
+    """PATH is such that there is a slirp4netns."""
+    value = slirp.search_path() if shutil.which(user.PROGRAM) is None else os.environ["PATH"]
+    monkeypatch.setenv("PATH", value)
+    return value
+
+
+@pytest.fixture
+def nobody(path: str, slirp: Slirp, monkeypatch: pytest.MonkeyPatch) -> Iterator[User]:
+    """A user without privileges, who can execute the program."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may become another user")
+    somebody = User("nobody", 65534, 65534)
+    with tempfile.TemporaryDirectory(prefix="lguest-test-") as name:
+        Path(name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(slirp.put_into(Path(name) / "bin")))
+        yield somebody
+    with suppress(OSError):  # not empty: that user has guests
+        runtime.directory(somebody).rmdir()
+
+
+@pytest.fixture
+def start(place: Path, path: str) -> Iterator[Plug]:
+    """Starts networks that are closed after the test; nothing of them is left in the runtime directory."""
+    with ExitStack() as networks:
+
+        def begin(
+            *forwards: Forward, loopback: bool = False, mtu: int | None = None, who: User | None = None
+        ) -> UserNetwork:
+            network = UserNetwork(UserConfig(forwards, loopback), mtu, "demo", "net0", who)
+            networks.callback(network.close)
+            return network
+
+        yield begin
+    assert not list(place.iterdir())
+
+
+@pytest.fixture
+def plug(start: Plug, place: Path) -> Plug:
+    """The same, connected."""
+
+    def connected(*arguments: Forward, **options: object) -> UserNetwork:
+        network = start(*arguments, **options)
+        network.connect()
+        assert not list(place.iterdir())
+        return network
+
+    return connected
+
+
+def program_of(network: UserNetwork) -> Child:
+    assert network.helper is not None
+    return network.helper
+
+
+def free_port(kind: socket.SocketKind = socket.SOCK_STREAM) -> int:
+    with socket.socket(socket.AF_INET, kind) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def server() -> Iterator[socket.socket]:
+    """Somebody who listens on a port of the host's loopback."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(PATIENCE)
+        yield listening
+
+
+def fake(directory: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """Has a script of these lines in place of the program."""
+    script = directory / user.PROGRAM
+    script.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+
+
+# ---- What the guest sees ----
+
+
+def test_the_guest_is_told_its_address_its_router_and_its_name_server(plug: Plug) -> None:
+    address, options = TinyGuest(plug()).ask_for_address()
+    assert address == user.GUEST_ADDRESS
+    assert options[53] == b"\2"  # DHCPOFFER
+    assert options[1] == socket.inet_aton("255.255.255.0")
+    assert options[3] == socket.inet_aton(ROUTER)
+    assert options[6] == socket.inet_aton("10.0.2.3")
+
+
+def test_the_router_is_there(plug: Plug) -> None:
+    guest = TinyGuest(plug())
+    assert guest.find_router() not in {b"", bytes(6)}
+    assert guest.ping(ROUTER) == b"echo this"
+
+
+def test_data_goes_both_ways_in_frames_as_long_as_the_mtu_says(plug: Plug, server: socket.socket) -> None:
+    network = plug(loopback=True)
+    guest = TinyGuest(network)
+    guest.find_router()
+    port = server.getsockname()[1]
+    longest = network.mtu - 40
+    guest.send_segment(ROUTER, Segment(1025, port, 100, 0, SYN, b""), longest)
+    answer = guest.receive_segment()
+    assert (answer.source_port, answer.target_port, answer.acknowledged, answer.flags) == (port, 1025, 101, SYN | ACK)
+    theirs = answer.sequence + 1
+    data = bytes(range(256)) * 256
+    with server.accept()[0] as connection:
+        connection.settimeout(PATIENCE)
+        guest.send_segment(ROUTER, Segment(1025, port, 101, theirs, ACK | PSH, data[:longest]))
+        assert connection.recv(longest, socket.MSG_WAITALL) == data[:longest]
+        connection.sendall(data)
+        received = bytearray()
+        sizes = []
+        while len(received) < len(data):
+            segment = guest.receive_segment()
+            if segment.data and segment.sequence == theirs + len(received):
+                received += segment.data
+                acknowledged = theirs + len(received)
+                guest.send_segment(ROUTER, Segment(1025, port, 101 + longest, acknowledged, ACK, b""))
+                sizes.append(len(segment.data))
+        assert received == data
+    assert max(sizes) > 1460
+
+
+def test_the_hosts_loopback_is_closed_to_it(plug: Plug, server: socket.socket) -> None:
+    guest = TinyGuest(plug())
+    guest.find_router()
+    guest.send_segment(ROUTER, Segment(1025, server.getsockname()[1], 100, 0, SYN, b""))
+    answer = guest.receive_packet()
+    assert answer.protocol != socket.IPPROTO_TCP or answer.payload[13] & RST
+    server.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        server.accept()
+
+
+def test_forwarded_ports_lead_to_the_guest(plug: Plug) -> None:
+    tcp, udp = free_port(), free_port(socket.SOCK_DGRAM)
+    network = plug(Forward("tcp", "127.0.0.1", tcp, 22), Forward("udp", "127.0.0.1", udp, 53), loopback=True)
+    assert network.description == f"user network, tcp port {tcp} leads to 22, udp port {udp} leads to 53"
+    guest = TinyGuest(network)
+    with socket.create_connection(("127.0.0.1", tcp), PATIENCE):
+        segment = guest.receive_segment()
+    assert (segment.target_port, segment.flags) == (22, SYN)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.settimeout(PATIENCE)
+        client.sendto(b"question", ("127.0.0.1", udp))
+        port, own_port, data = guest.receive_datagram()
+        assert (own_port, data) == (53, b"question")
+        guest.find_router()
+        guest.send_datagram(ROUTER, 53, port, b"answer")
+        assert client.recv(100) == b"answer"
+
+
+def test_a_forwarded_port_works_both_ways_while_the_loopback_is_closed(plug: Plug) -> None:
+    port = free_port()
+    guest = TinyGuest(plug(Forward("tcp", "127.0.0.1", port, 22)))
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
+        segment = guest.receive_segment()
+        guest.find_router()
+        next_one = segment.sequence + 1
+        guest.send_segment(ROUTER, Segment(22, segment.source_port, 100, next_one, SYN | ACK, b""), 1460)
+        guest.send_segment(ROUTER, Segment(22, segment.source_port, 101, next_one, ACK | PSH, b"welcome"))
+        assert client.recv(7, socket.MSG_WAITALL) == b"welcome"
+
+
+def test_a_datagrams_answer_could_not_come_back_while_the_loopback_is_closed(start: Plug) -> None:
+    with pytest.raises(LguestError, match=r"forward=udp:127.0.0.1:53:53: answers .* need loopback=on"):
+        start(Forward("udp", "127.0.0.1", 53, 53))
+
+
+# ---- A wire ----
+
+#: Who has 10.0.2.2?
+QUESTION = memoryview(
+    bytes.fromhex("ffffffffffff 52540a0b0c0d 0806 0001 0800 0604 0001 52540a0b0c0d 0a00020f 000000000000 0a000202")
+)
+
+
+def test_there_is_no_frame_until_one_comes(plug: Plug) -> None:
+    network = plug()
+    buffer = memoryview(bytearray(2000))
+    with pytest.raises(BlockingIOError):
+        network.read([buffer])
+    network.write([QUESTION[:14], QUESTION[14:]])
+    network.wait(lambda _is_up: None)
+    length = network.read([buffer[:14], buffer[14:]])
+    assert length >= 42
+    assert bytes(buffer[20:22]) == b"\0\2"
+
+
+def test_what_does_not_fit_is_lost_and_the_next_frame_is_whole(plug: Plug) -> None:
+    network = plug()
+    guest = TinyGuest(network)
+    buffer = memoryview(bytearray(10))
+    network.write([QUESTION])
+    network.wait(lambda _is_up: None)
+    assert network.read([buffer]) == len(buffer)
+    guest.find_router()
+
+
+def test_a_frame_that_the_mtu_does_not_allow_is_lost(plug: Plug) -> None:
+    network = plug(mtu=1500)
+    assert network.mtu == 1500
+    network.write([memoryview(bytes(1518))])
+    with pytest.raises(OSError, match="a frame of 1519 bytes") as caught:
+        network.write([memoryview(bytes(1519))])
+    assert caught.value.errno == errno.EMSGSIZE
+    assert TinyGuest(network).ask_for_address()[0] == user.GUEST_ADDRESS
+
+
+def test_frames_are_lost_while_nobody_takes_them(plug: Plug, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(user, "WRITE_PATIENCE", 0.01)
+    network = plug()
+    program_of(network).signal(signal.SIGSTOP)
+    frame = memoryview(bytes(60000))
+
+    def write_many() -> None:
+        for _ in range(10000):
+            network.write([frame])
+
+    with pytest.raises(OSError, match="takes no frames") as caught:
+        write_many()
+    assert caught.value.errno == errno.ENOBUFS
+    assert network.is_up()
+    monkeypatch.setattr(user, "WRITE_PATIENCE", PATIENCE)
+    program_of(network).signal(signal.SIGCONT)
+    assert TinyGuest(network).ask_for_address()[0] == user.GUEST_ADDRESS
+
+
+def test_when_the_program_is_killed_the_wire_is_gone(plug: Plug) -> None:
+    network = plug()
+    assert network.is_up()
+    program = program_of(network)
+    program.signal(signal.SIGKILL)
+    assert program.has_ended(PATIENCE)
+    network.wait(lambda _is_up: None)
+    assert not network.is_up()
+    with pytest.raises(WireGone):
+        network.read([memoryview(bytearray(2000))])
+    with pytest.raises(WireGone):
+        network.write([memoryview(bytes(60))])
+    assert children.how_it_ended(program.reap()) == "was killed by SIGKILL"
+    network.helper_ended()
+    assert network.helper is None
+    network.close()  # has nobody to end
+
+
+# ---- The program ----
+
+
+def test_ps_tells_whose_it_is(plug: Plug) -> None:
+    words = Path(f"/proc/{program_of(plug()).pid}/cmdline").read_bytes().split(b"\0")
+    assert words[0] == b"lguest[demo] net0/slirp4netns"
+
+
+def test_debians_program_runs_without_being_installed_and_keeps_its_name(
+    slirp: Slirp, plug: Plug, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(slirp.directory))
+    network = plug()
+    assert Path(f"/proc/{program_of(network).pid}/cmdline").read_bytes().startswith(b"lguest[demo] net0/slirp4netns\0")
+    assert TinyGuest(network).ask_for_address()[0] == user.GUEST_ADDRESS
+
+
+def test_it_has_no_files_of_ours(plug: Plug) -> None:
+    with tempfile.TemporaryFile() as ours:
+        os.set_inheritable(ours.fileno(), True)
+        files = Path(f"/proc/{program_of(plug()).pid}/fd")
+        targets = {int(each.name): os.readlink(each) for each in files.iterdir()}
+    assert targets.pop(0) == targets.pop(1) == os.devnull
+    assert all(target.startswith(("socket:", "pipe:")) for target in targets.values())
+
+
+def test_the_terminals_signals_do_not_reach_it(plug: Plug) -> None:
+    program = program_of(plug())
+    assert os.getpgid(program.pid) == program.pid
+    assert os.getsid(program.pid) == os.getsid(0)
+
+
+def test_it_may_execute_nothing(plug: Plug) -> None:
+    status = Path(f"/proc/{program_of(plug()).pid}/status").read_text()
+    assert "Seccomp:\t2\n" in status
+
+
+def test_it_runs_as_the_user_that_the_guest_runs_as(plug: Plug, nobody: User) -> None:
+    network = plug(who=nobody)
+    status = Path(f"/proc/{program_of(network).pid}/status").read_text()
+    assert "Uid:\t65534\t65534\t65534\t65534\nGid:\t65534\t65534\t65534\t65534\n" in status
+    assert not list(runtime.directory(nobody).glob(f"user-{os.getpid()}-*"))
+    assert TinyGuest(network).ask_for_address()[0] == user.GUEST_ADDRESS
+
+
+def test_close_ends_it_even_if_it_is_stopped(plug: Plug) -> None:
+    network = plug()
+    program = program_of(network)
+    program.signal(signal.SIGSTOP)
+    network.close()
+    assert not Path(f"/proc/{program.pid}").exists()
+    network.close()
+
+
+@pytest.mark.parametrize("connects", [False, True], ids=["while it starts", "when it serves"])
+def test_nothing_of_it_is_left_when_the_launcher_is_killed(
+    place: Path, path: str, connects: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+
+    def say_and_hang(network: UserNetwork) -> bool:
+        os.write(writer, str(program_of(network).pid).encode())
+        signal.pause()
+        return False
+
+    def launch() -> int:
+        network = UserNetwork(UserConfig(), None, "demo", "net0")
+        if not connects:
+            # It has said something: it waits for us, as two processes.
+            tries = iter([False])
+
+            def try_to_connect() -> bool:
+                for result in tries:
+                    return result
+                return say_and_hang(network)
+
+            monkeypatch.setattr(network, "_try_to_connect", try_to_connect)
+        network.connect()
+        say_and_hang(network)
+        return 0
+
+    launcher = children.fork("launcher", launch)
+    os.close(writer)
+    group = int(os.read(reader, 20))
+    os.close(reader)
+    members = [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if in_group(pid, group)]
+    assert len(members) == (1 if connects else 2)
+    ends = [Child("", pid, os.pidfd_open(pid)) for pid in members]
+    launcher.signal(signal.SIGKILL)
+    launcher.reap()
+    for each in ends:
+        assert each.has_ended(PATIENCE)
+        os.close(each.pidfd)
+
+
+def in_group(pid: int, group: int) -> bool:
+    try:
+        return os.getpgid(pid) == group
+    except ProcessLookupError:
+        return False
+
+
+# ---- What can go wrong ----
+
+
+def test_it_works_in_a_directory_whose_name_is_too_long_for_a_socket(
+    tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("a" * 100) / ("b" * 100)
+    deep.mkdir(parents=True)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
+    network = UserNetwork(UserConfig((Forward("tcp", "127.0.0.1", free_port(), 22),)), None, "demo", "net0")
+    network.connect()
+    network.close()
+    assert not list((deep / "lguest").iterdir())
+
+
+def test_a_program_that_is_not_installed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LguestError, match=r"--net=user needs slirp4netns.*apt install slirp4netns.*or take --net=tap"):
+        UserNetwork(UserConfig(), None, "demo", "net0")
+
+
+def test_a_port_that_is_taken(start: Plug, server: socket.socket) -> None:
+    port = server.getsockname()[1]
+    network = start(Forward("tcp", "127.0.0.1", port, 22))
+    program = program_of(network)
+    with pytest.raises(
+        LguestError, match=f"--net=user,forward=tcp:127.0.0.1:{port}:22: that port of the host is taken"
+    ):
+        network.connect()
+    assert not Path(f"/proc/{program.pid}").exists()
+
+
+def test_an_address_that_is_not_the_hosts(start: Plug) -> None:
+    with pytest.raises(LguestError, match=r"forward=udp:192.0.2.77:2222:22: that is no address of this host"):
+        start(Forward("udp", "192.0.2.77", 2222, 22)).connect()
+
+
+def test_a_port_that_is_not_for_that_user(start: Plug, nobody: User) -> None:
+    if int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) <= 81:
+        pytest.skip("this host lets everybody have every port")
+    with pytest.raises(LguestError, match=r"forward=tcp:127.0.0.1:81:80: that port of the host is for root"):
+        start(Forward("tcp", "127.0.0.1", 81, 80), who=nobody).connect()
+
+
+def test_an_mtu_that_no_network_has(start: Plug) -> None:
+    with pytest.raises(LguestError, match="--net=user,mtu=65522: give 68 to 65521"):
+        start(mtu=65522)
+
+
+def test_a_program_that_ends_at_once_is_quoted(start: Plug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(tmp_path, monkeypatch, "echo 'unrecognized option --target-type' >&2", "exit 3")
+    with pytest.raises(
+        LguestError, match=r"^--net=user: slirp4netns exited with status 3: unrecognized option --target-type$"
+    ):
+        start().connect()
+
+
+def test_a_program_that_does_nothing(start: Plug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(tmp_path, monkeypatch, "echo dreaming >&2", "exec sleep 1000")
+    monkeypatch.setattr(user, "START_PATIENCE", 0.1)
+    network = start()
+    program = program_of(network)
+    with pytest.raises(LguestError, match=r"^--net=user: slirp4netns does not answer: dreaming$"):
+        network.connect()
+    assert not Path(f"/proc/{program.pid}").exists()
+
+
+def test_a_program_that_cannot_be_executed(start: Plug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(tmp_path, monkeypatch)
+    (tmp_path / user.PROGRAM).write_text("#!/nowhere\n")
+    with pytest.raises(LguestError, match=r"slirp4netns exited with status 69: .*: No such file or directory"):
+        start().connect()
+
+
+def test_where_the_host_forbids_what_protects_it_it_runs_without(
+    plug: Plug, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shutil.which(user.PROGRAM)
+    refusal = 'case "$*" in *--enable-*) echo cannot unshare >&2; exit 1;; esac'
+    fake(tmp_path, monkeypatch, refusal, f'exec {real} "$@"')
+    assert TinyGuest(plug()).ask_for_address()[0] == user.GUEST_ADDRESS
+
+
+def test_a_host_without_files_to_spare(start: Plug, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pipe2(_flags: int) -> tuple[int, int]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "pipe2", pipe2)
+    with pytest.raises(LguestError, match=r"^--net=user: cannot start slirp4netns: Too many open files$"):
+        start()
