@@ -175,6 +175,9 @@ class UserNetwork(Wire):
             children.end_all([helper], GRACE)
 
     def _start(self) -> None:
+        if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+            # Linux would reap the program behind our back, and the program's own child behind its back.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._said = bytearray()
         self._starting, self._opened = ExitStack(), ExitStack()
         try:
@@ -214,7 +217,6 @@ class UserNetwork(Wire):
         os.dup2(words, 2)
         try:
             children.keep_only([leash, ready, self._place.fd], null)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it waits for a child of its own
             # A socket's name has 107 bytes at most, which is too short for some directories.
             os.fchdir(self._place.fd)
             os.close(self._place.fd)

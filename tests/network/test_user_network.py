@@ -343,6 +343,16 @@ def test_it_runs_as_the_user_that_the_guest_runs_as(plug: Plug, nobody: User) ->
     assert TinyGuest(network).ask_for_address()[0] == user.GUEST_ADDRESS
 
 
+def test_it_lives_and_ends_under_a_launcher_whose_parent_ignores_its_children(plug: Plug) -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        network = plug()
+        assert TinyGuest(network).ask_for_address()[0] == user.GUEST_ADDRESS
+        network.close()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_close_ends_it_even_if_it_is_stopped(plug: Plug) -> None:
     network = plug()
     program = program_of(network)
