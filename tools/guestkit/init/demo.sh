@@ -5,6 +5,7 @@
 . /init-common
 dmesg -n 1
 modprobe -a $(cat /init-modules)
+modprobe -q virtio_net
 wait_for /dev/hvc0 || { echo "there is no virtio console"; poweroff -f; }
 exec </dev/hvc0 >/dev/hvc0 2>&1
 
@@ -30,6 +31,15 @@ echo "guest of $(date '+%F %T')" >>/mnt/visits
 sync
 df -h /mnt | sed 's/^/  /'
 echo "  boots of this disk: $(wc -l </mnt/visits)"
+echo
+echo "Its network (eth0, as DHCP has it; the router answers):"
+if wait_for /sys/class/net/eth0 && udhcpc -q -n -i eth0 >/dev/null 2>&1; then
+    ip -o -4 addr show dev eth0 | awk '{ print "  " $2 ": " $4 }'
+    ip route | sed 's/^/  /'
+    ping -c 1 10.0.2.2 | sed -n 's/^/  /; /bytes from/p'
+else
+    echo "  none"
+fi
 echo
 echo "Random bytes (/dev/hwrng, $(cat /sys/class/misc/hw_random/rng_current)):"
 head -c 32 /dev/hwrng | hexdump -C | sed 's/^/  /'
