@@ -17,6 +17,7 @@ from guestkit.cache import cache_directory
 from guestkit.disk import MIB, make_sparse
 from guestkit.guest import Guest, Launch
 from guestkit.kit import GuestKit
+from guestkit.namespaces import Namespace, obstacle
 from guestkit.unprivileged import launcher_of_nobody
 
 
@@ -30,7 +31,7 @@ def kit() -> GuestKit:
 def initrd(kit: GuestKit, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An initramfs with the agent."""
     path = tmp_path_factory.mktemp("initrd") / "agent.img"
-    path.write_bytes(kit.initramfs("agent", ["pvpanic_mmio"]))
+    path.write_bytes(kit.initramfs("agent", ["pvpanic_mmio", "virtio_net"]))
     return path
 
 
@@ -87,6 +88,29 @@ def launch_unprivileged(
         return launch(*options, kernel=kernel, initrd=readable_initrd, launcher=unprivileged_launcher, **others)
 
     return start
+
+
+@pytest.fixture
+def host() -> Iterator[Namespace]:
+    """A host's network for this test alone: the test is in it, and so are its sockets and the guests it launches."""
+    if reason := obstacle():
+        pytest.skip(reason)
+    with Namespace() as namespace, namespace.entered():
+        yield namespace
+
+
+@pytest.fixture
+def runtime() -> Iterator[dict[str, str]]:
+    """Environment variables that give launchers a runtime directory for this test alone."""
+    with tempfile.TemporaryDirectory(prefix="lguest-run-") as name:
+        yield {"XDG_RUNTIME_DIR": name}
+
+
+@pytest.fixture(scope="session")
+def with_slirp(kit: GuestKit, public: Path) -> dict[str, str]:
+    """Environment variables with which launchers, everybody's, find slirp4netns: the host's, or Debian's."""
+    path = os.environ.get("PATH", os.defpath)
+    return {"PATH": path if shutil.which("slirp4netns") else f"{kit.slirp.put_into(public / 'slirp')}:{path}"}
 
 
 @pytest.fixture

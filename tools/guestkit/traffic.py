@@ -67,10 +67,25 @@ for ($left = $mib * 1048576; $left > 0; $left -= $n) { $n = sysread(S, $b, 13107
 """
 
 
+#: Fills a file with that many MiB that look random and are the same nowhere in it.
+_MAKE = r"""
+($file, $mib) = @ARGV;
+open(R, "<", "/dev/urandom") or die "random: $!"; read(R, $b, 65536) == 65536 or die "random: $!";
+open(F, ">", $file) or die "$file: $!";
+for (1 .. $mib * 16) { print F $b ^ (pack("N", $_) x 16384); }
+close(F) or die "$file: $!";
+"""
+
+
 def _perl(program: str, *arguments: object) -> str:
     """The shell command that runs a program in a guest whose initramfs has perl."""
     line = " ".join((_ADDRESS + program).split())
     return f"/sysroot/bin/perl -e '{line}' {' '.join(map(str, arguments))}"
+
+
+def guest_makes(file: str, mebibytes: int) -> str:
+    """The command that fills ``file`` with bytes that look random (/dev/urandom would take long)."""
+    return _perl(_MAKE, file, mebibytes)
 
 
 def guest_connects(host: str, port: int, direction: str, file: str) -> str:
