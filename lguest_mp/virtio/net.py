@@ -213,31 +213,36 @@ class _Receiver:
         self._spill = memoryview(bytearray(LONGEST_FRAME))
 
     def serve(self) -> None:
-        read, queue = self._wire.read, self._queue
         self._on_status(self._wire.is_up())
-        while True:
-            views, buffers = self._where()
-            try:
-                length = read(views)
-            except BlockingIOError:
-                queue.flush()
-                self._wire.wait(self._on_status)
-            except WireGone as reason:
-                queue.flush()
-                self._on_status(is_up=False)
-                self._context.log(f"{self._net.name}: {reason}")
-                _sleep_for_ever()
-            except OSError as error:
-                queue.flush()
-                self._losses.note(f"packets from the network are lost: {error.strerror}")
-                time.sleep(_AFTER_FAILURE)
+        try:
+            while True:
+                self._next_frame()
+        except WireGone as reason:
+            self._queue.flush()
+            self._on_status(is_up=False)
+            self._context.log(f"{self._net.name}: {reason}")
+            _sleep_for_ever()
+
+    def _next_frame(self) -> None:
+        """Takes a frame from the wire, or waits until there is one."""
+        queue = self._queue
+        views, buffers = self._where()
+        try:
+            length = self._wire.read(views)
+        except BlockingIOError:
+            queue.flush()
+            self._wire.wait(self._on_status)
+        except OSError as error:
+            queue.flush()
+            self._losses.note(f"packets from the network are lost: {error.strerror}")
+            time.sleep(_AFTER_FAILURE)
+        else:
+            if self._wire.is_suspect:
+                self._on_suspect_frame(views, length, buffers)
             else:
-                if self._wire.is_suspect:
-                    self._on_suspect_frame(views, length, buffers)
-                else:
-                    self._deliver(length + self._missing, buffers)
-                if queue.unpublished >= _BATCH:
-                    queue.publish()
+                self._deliver(length + self._missing, buffers)
+            if queue.unpublished >= _BATCH:
+                queue.publish()
 
     # ---- Buffers ----
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from mockdriver import Idle
 
-from lguest_mp.network.wire import Wire
+from lguest_mp.network.wire import Wire, WireGone
 
 
 @dataclass
@@ -25,6 +25,8 @@ class FakeWire(Wire):
     attached: list[tuple[int, int]] = field(default_factory=list)
     #: What is done whenever there is nothing to read.
     on_wait: Callable[[], object] = lambda: None
+    #: Why there is nothing any more, found out while waiting.
+    gone: WireGone | None = None
     closed: bool = False
 
     @property
@@ -55,6 +57,8 @@ class FakeWire(Wire):
         self.on_wait()
         while self.states:
             status(self.states.pop(0))
+        if self.gone:
+            raise self.gone
         if not self.arriving:
             raise Idle
 

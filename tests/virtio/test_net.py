@@ -404,11 +404,13 @@ def test_a_link_that_came_back_while_there_was_no_driver(modern: MockDriver) -> 
     assert modern.serve(net, RECEIVEQ).configuration == [(STATUS_OFFSET, b"\1\0")]
 
 
-def test_a_wire_that_is_gone_is_a_link_that_is_down(modern: MockDriver) -> None:
+@pytest.mark.parametrize("found_while", ["reading", "waiting"])
+def test_a_wire_that_is_gone_is_a_link_that_is_down(modern: MockDriver, found_while: str) -> None:
     """The worker does not end, since a worker that ends is a failure."""
     buffers = {buffer.head: buffer for buffer in (modern.add(writable=[BUFFER]) for _ in range(3))}
     context = Context()
-    wire = FakeWire(arriving=[frame(), WireGone("tap0 was deleted")])
+    gone = WireGone("tap0 was deleted")
+    wire = FakeWire(arriving=[frame(), gone]) if found_while == "reading" else FakeWire(arriving=[frame()], gone=gone)
     with pytest.raises(Asleep):
         Net("net0", wire, MAC).serve(RECEIVEQ, modern.queue(), context)
     assert len(received(modern, buffers)) == 1
