@@ -165,7 +165,8 @@ class _Others:
     read takes no room from the others.
 
     Frames to a known address need no more than that. Whether guests have come is looked up only when a frame is for all
-    or for nobody known, and seen by the directory's time of change. That guests have gone shows when sending to them.
+    or for nobody known, and seen by the directory's time of change. That guests have gone shows when sending to them,
+    and by nothing else: a runtime directory may be removed under guests that go on (with its user's last login).
     """
 
     def __init__(self, directory: int, mac: bytes) -> None:
@@ -255,8 +256,6 @@ class _Others:
         self._is_settled = False  # and should the host be out of files in the midst of it
         os.fchdir(self._directory)
         present = {mac for name in os.listdir(".") if (mac := _mac_of(name)) is not None and mac != self._mac}
-        for mac in self._known.keys() - present:
-            self._forget(self._known[mac])
         for mac in present - self._known.keys():
             self._connect(mac)
         self._is_settled = is_final
@@ -364,8 +363,7 @@ class _Place:
             if os.stat(self._name, dir_fd=locked, follow_symlinks=False).st_ino == self._inode:
                 os.unlink(self._name, dir_fd=locked)
             _sweep(locked)
-            if os.path.samestat(os.fstat(locked), os.stat(self._link, dir_fd=self._links, follow_symlinks=False)):
-                os.rmdir(self._link, dir_fd=self._links)
+            os.rmdir(self._link, dir_fd=self._links)
         finally:
             os.close(locked)
 

@@ -48,7 +48,7 @@ def watchdog() -> Iterator[None]:
     """Fails a test that would wait for ever."""
 
     def bark(_number: int, _frame: FrameType | None) -> NoReturn:
-        raise TimeoutError(f"nothing happened for {HANGS} s")
+        pytest.fail(f"nothing happened for {HANGS} s")  # no OSError, which who is tested may expect
 
     previous = signal.signal(signal.SIGALRM, bark)
     signal.alarm(HANGS)
@@ -209,11 +209,16 @@ class TestWhoGets:
         assert received(a) == []
 
     def test_another_link(self, join: Joiner) -> None:
-        a, b, elsewhere = join(A), join(B), join(B, "elsewhere")
-        for destination in (BROADCAST, B):
-            send(a, a_frame(destination))
-        assert len(received(b)) == 2
-        assert received(elsewhere) == []
+        lab, office = ((join(A, name), join(B, name)) for name in ("lab", "office"))
+        for a, b, other in ((*lab, office[1]), (*office, lab[1])):
+            for destination in (BROADCAST, B):
+                send(a, a_frame(destination))
+            assert len(received(b)) == 2
+            assert received(other) == []
+        lab[1].close()
+        rebooted = join(B, "lab")
+        send(lab[0], a_frame(B))
+        assert received(rebooted) == [a_frame(B)]
 
     @pytest.mark.parametrize(
         "name",
@@ -260,6 +265,15 @@ class TestFrames:
         assert len(longest) == LONGEST_FRAME
         send(a, longest)
         assert received(b) == [longest]
+
+    def test_room_for_the_next_while_one_is_read(self, join: Joiner) -> None:
+        """As much as the host gives; it doubles what is asked for (socket(7))."""
+        a, b = join(A), join(B)
+        send(a, a_frame(B))
+        received(b)
+        most = int(Path("/proc/sys/net/core/wmem_max").read_text())
+        room = a._others._known[B].line.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        assert room == 2 * min(4 * LONGEST_FRAME, most)
 
     def test_one_without_an_ethernet_header(self, join: Joiner) -> None:
         with pytest.raises(OSError, match="shorter than an Ethernet header"):
@@ -379,10 +393,11 @@ class TestComingAndGoing:
         send(a, a_frame(B))
         b.close()
         assert names(links / "lab") == {"52:54:00:00:00:00", "52:54:00:00:00:02"}
-        for _ in range(3):
-            send(a, a_frame(B))
         send(a, a_frame(BROADCAST))
-        assert received(c)[-1] == a_frame(BROADCAST)
+        assert received(c) == [a_frame(BROADCAST)]
+        assert set(a._others._known) == {C}
+        send(a, a_frame(B))
+        assert received(c) == [a_frame(B)]
 
     def test_the_last_takes_the_directory_away(self, join: Joiner, links: Path) -> None:
         for _ in range(3):
@@ -623,6 +638,33 @@ class TestFullQueues:
         send(a, a_frame(BROADCAST))
         assert [received(b), received(c)] == [[a_frame(BROADCAST)]] * 2
 
+    def test_waiting_uses_up_patience(self, join: Joiner, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also when it reads in the end."""
+        a, b = join(A), join(B)
+        fill(a, B)
+        a._others._known[B].patience = link.PATIENCE
+        now = 1000.0
+        real = select.poll
+
+        class Poll:
+            """It reads one frame just in time."""
+
+            def __init__(self) -> None:
+                self._poll = real()
+                self.register, self.unregister = self._poll.register, self._poll.unregister
+
+            def poll(self, timeout: float) -> list[tuple[int, int]]:
+                nonlocal now
+                now += 0.9 * timeout / 1000
+                received(b)
+                return self._poll.poll(timeout)
+
+        monkeypatch.setattr("select.poll", Poll)
+        monkeypatch.setattr("time.monotonic", lambda: now)
+        send(a, a_frame(B, b"in time"))
+        assert received(b) == [a_frame(B, b"in time")]
+        assert patience(a, B) == pytest.approx(0.1 * link.PATIENCE)
+
     def test_it_dies_while_it_is_waited_for(self, join: Joiner, monkeypatch: pytest.MonkeyPatch) -> None:
         a, b = join(A), join(B)
         fill(a, B)
@@ -681,18 +723,28 @@ class TestThePlace:
     def test_what_is_not_ours_stays(self, join: Joiner, links: Path) -> None:
         a = join(A)
         (links / "lab" / "note").touch()
-        a.close()
-        assert names(links / "lab") == {"note"}
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as another_kind:
+            os.chdir(links / "lab")
+            another_kind.bind("52:54:00:00:00:09")
+            another_kind.listen()
+            send(a, a_frame(BROADCAST))
+            a.close()
+        assert names(links / "lab") == {"note", "52:54:00:00:00:09"}
 
     def test_somebody_has_removed_it(self, join: Joiner, links: Path) -> None:
-        """A user's runtime directory goes with the last login. Who joins later meets those who join later."""
-        a = join(A)
+        """A user's runtime directory goes with the last login. Those who know each other still do; who joins later
+        meets those who join later.
+        """
+        a, b = join(A), join(B)
+        send(a, a_frame(BROADCAST))
         shutil.rmtree(links.parent)
         send(a, a_frame(BROADCAST))
-        b, c = join(B), join(C)
+        assert len(received(b)) == 2
+        late, later = join(A), join(B)
         a.close()
-        send(b, a_frame(BROADCAST))
-        assert received(c) == [a_frame(BROADCAST)]
+        b.close()
+        send(late, a_frame(BROADCAST))
+        assert received(later) == [a_frame(BROADCAST)]
 
     def test_it_is_removed_while_somebody_joins(
         self, join: Joiner, links: Path, monkeypatch: pytest.MonkeyPatch
@@ -708,7 +760,9 @@ class TestThePlace:
             flock(directory, operation)
 
         monkeypatch.setattr("fcntl.flock", after_the_last_has_left)
+        before = len(os.listdir("/proc/self/fd"))
         b = join(B)
+        assert len(os.listdir("/proc/self/fd")) == before
         c = join(C)
         send(b, a_frame(BROADCAST))
         assert received(c) == [a_frame(BROADCAST)]
