@@ -18,11 +18,7 @@ How the guest ends comes out of the engine as an exception, and goes to the supe
 from __future__ import annotations
 
 import select
-import signal
 import socket
-import sys
-import threading
-import traceback
 from collections.abc import Callable, Sequence
 
 from lguest_mp import protocol
@@ -31,6 +27,7 @@ from lguest_mp.bus.virtio_pci import VirtioPciFunction
 from lguest_mp.cpu.engine import CpuidResult, Engine, EntryState, GuestFault, GuestHalted
 from lguest_mp.machine import clock, lapic, power
 from lguest_mp.machine.clock import GuestClock, HostClock, HostCounter
+from lguest_mp.machine.control import Control, News, Supervisor, SupervisorGone, bug, live
 from lguest_mp.machine.cpuid import cpuid
 from lguest_mp.machine.eventloop import EventLoop
 from lguest_mp.machine.ioapic import IoApic
@@ -53,87 +50,16 @@ from lguest_mp.machine.timer import HostTimer
 from lguest_mp.machine.wiring import DevicePort
 from lguest_mp.memory import GuestMemory
 from lguest_mp.protocol import Died, Message, PowerOff
-from lguest_mp.virtio.device import DeviceId, QueueLayout
+from lguest_mp.virtio.device import DeviceId
 
 _IO_APIC_PAGE = IO_APIC_BASE >> 12
 _PAGE_SHIFT = 12
 _PAGE_MASK = 0xFFF
 _WINDOW_MASK = (1 << WINDOW_SHIFT) - 1
 
-#: How long one thread may keep the interpreter from the other, seconds (Python's default is 5 ms).
-_SWITCH_INTERVAL = 0.0005
 #: Linux's console driver reads the terminal's size when it hears that the configuration changed, and not before; so we
 #: tell it, so many seconds after it started. Not just at once: while its probe is under way it has no port yet.
 _SIZE_NEWS = (0.02, 0.1, 0.5)
-#: How long output that the terminal does not take is waited for at the end, seconds.
-_LAST_WORDS = 1.0
-
-
-class SupervisorGone(Exception):
-    """Nobody answers any more; there is nothing to run for."""
-
-
-class Supervisor:
-    """The machine's end of the requests."""
-
-    def __init__(self, requests: socket.socket) -> None:
-        self._requests = requests
-
-    def tell(self, message: Message) -> None:
-        """Says something that is not answered. From any thread."""
-        try:
-            protocol.send(self._requests, message)
-        except OSError as error:
-            raise SupervisorGone from error
-
-    def ask(self, message: Message) -> None:
-        """Asks for something and waits until it is done. On the CPU's thread."""
-        self.tell(message)
-        answer = protocol.receive(self._requests)
-        if answer is None:
-            raise SupervisorGone
-        if not isinstance(answer, protocol.Done):
-            raise protocol.ProtocolError(f"{answer!r} is no answer")
-
-
-class _Control:
-    """What a device on the bus decides, made true by the supervisor."""
-
-    def __init__(
-        self,
-        index: int,
-        name: str,
-        supervisor: Supervisor,
-        *,
-        before_start: Callable[[], None],
-        after_start: Callable[[], None],
-        after_reset: Callable[[], None],
-    ) -> None:
-        """``before_start`` and ``after_reset`` are called around the time in which the device is served."""
-        self._index = index
-        self._name = name
-        self._supervisor = supervisor
-        self._before_start = before_start
-        self._after_start = after_start
-        self._after_reset = after_reset
-
-    def start(self, features: int, queues: tuple[QueueLayout | None, ...]) -> None:
-        self._before_start()
-        self._supervisor.ask(protocol.DriverReady(self._index, features, queues))
-        self._after_start()
-
-    def reset(self) -> None:
-        self._supervisor.ask(protocol.DeviceReset(self._index))
-        self._after_reset()
-
-    def start_queue(self, queue: int, features: int, layout: QueueLayout) -> None:
-        self._supervisor.ask(protocol.QueueReady(self._index, queue, features, layout))
-
-    def reset_queue(self, queue: int) -> None:
-        self._supervisor.ask(protocol.QueueReset(self._index, queue))
-
-    def log(self, text: str) -> None:
-        self._supervisor.tell(protocol.Log(f"{self._name}: {text}", verbose=False))
 
 
 class _Wires:
@@ -164,8 +90,6 @@ class Pc:
         self._host_clock = HostClock(HostCounter())
         self._guest_clock = GuestClock(memory, self._host_clock)
         self._supervisor = Supervisor(requests)
-        self._events = events
-        self._events_lock = threading.Lock()
         self._engine: Engine | None = None
         self._loop = EventLoop()
 
@@ -199,6 +123,7 @@ class Pc:
             )
             for index, port in enumerate(devices)
         ]
+        self._news = News(events, self._functions, self._take_input)
         self._bus = PciBus(
             self._functions,
             window_first=PCI_WINDOW_FIRST,
@@ -209,12 +134,12 @@ class Pc:
         self._port_writers: dict[int, Callable[[int, int, int], None]] = {}
         self._connect_ports()
         self._loop.add_shared(self._timer.fd, self._on_timer)
-        self._loop.add(events.fileno(), self._on_events)
+        self._loop.add(events.fileno(), self._news.hear)
         for function, port in zip(self._functions, devices, strict=True):
             for queue, call in enumerate(port.calls):
                 self._watch_call(call, function, queue)
 
-    def _control(self, index: int, port: DevicePort) -> _Control:
+    def _control(self, index: int, port: DevicePort) -> Control:
         is_console = port.device.device_id is DeviceId.CONSOLE
 
         def before_start() -> None:
@@ -229,11 +154,11 @@ class Pc:
         def after_reset() -> None:
             # News of the life that has just ended must not reach the next one: what the supervisor said before it
             # answered is there by now.
-            self._on_events()
+            self._news.hear()
             if is_console:
                 self._take_input()
 
-        return _Control(
+        return Control(
             index,
             port.device.name,
             self._supervisor,
@@ -348,29 +273,6 @@ class Pc:
         if self._engine is not None and self._guest_clock.is_due():
             self._engine.call(self._guest_clock.publish)
 
-    def _on_events(self) -> None:
-        with self._events_lock:
-            self._hear()
-
-    def _hear(self) -> None:
-        """Takes all of the supervisor's news that are there."""
-        while True:
-            try:
-                message = protocol.receive(self._events, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return
-            match message:
-                case None:
-                    raise SupervisorGone
-                case protocol.ConfigChanged(device, offset, data):
-                    self._functions[device].config_changed(offset, bytes.fromhex(data))
-                case protocol.DeviceBroken(device):
-                    function = self._functions[device]
-                    if function.broken() and function.device.device_id is DeviceId.CONSOLE:
-                        self._take_input()
-                case _:
-                    raise protocol.ProtocolError(f"{message!r} is no news for the machine")
-
     def _interrupted(self) -> None:
         self._supervisor.tell(protocol.Interrupted())
 
@@ -398,24 +300,14 @@ class Pc:
         self._engine = engine
         self._lock.kick = engine.kick
         engine.enter(entry)
-        switch_interval = sys.getswitchinterval()
-        sys.setswitchinterval(_SWITCH_INTERVAL)
-        # Reading a terminal whose foreground is somebody else's is an error then, and does not stop this process.
-        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTTIN, signal.SIGTTOU)}
         self._take_input()
-        self._loop.start(self._events_failed)
-        try:
-            end = self._run_to_the_end(engine)
-            self._loop.stop()
-            self._output.flush(_LAST_WORDS)
-            self._supervisor.tell(end)
-        except SupervisorGone:
-            pass
-        finally:
-            self._loop.stop()
-            sys.setswitchinterval(switch_interval)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        live(
+            lambda: self._run_to_the_end(engine),
+            supervisor=self._supervisor,
+            loop=self._loop,
+            events_failed=self._events_failed,
+            output=self._output,
+        )
 
     def _run_to_the_end(self, engine: Engine) -> Message:
         try:
@@ -430,8 +322,7 @@ class Pc:
         except SupervisorGone:
             raise
         except Exception as error:  # Whatever it is, it is a bug of ours, and the guest's end
-            traceback.print_exc()
-            return Died(f"internal error: {type(error).__name__}: {error}")
+            return bug(error)
         return Died("internal error: the CPU stopped without a reason")
 
     def close(self) -> None:
