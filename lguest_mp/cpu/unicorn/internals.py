@@ -14,6 +14,8 @@ speed and then corrupts itself. Each defect and its repair:
    Five functions are replaced so that one byte per page says exactly whether it holds translations (``codemap.py``)
    and a watched page stays watched while it does.
 4. *IN and OUT have no privilege check*, CPUID and the MSRs have no way to ask the platform. Their helpers are replaced.
+5. *The guest's fences vanish in translation*, since there is one CPU; but its devices are other processes. Those who
+   translate fences and locked instructions are replaced by ones that fence.
 
 How a function is replaced: the library is position-independent and calls its own exported functions through slots of
 pointers (GOT, and tables of helpers), bound when it is loaded. Every slot in its writable or relocated data that holds
@@ -86,6 +88,17 @@ _REPLACED = {
     "tlb_reset_dirty_by_vaddr_x86_64": "nothing",
     "x86_cpu_tlb_fill_x86_64": "fill",
     "tlb_set_page_with_attrs_x86_64": "set_page",
+    "tcg_gen_mb_x86_64": "mb",
+    "tcg_gen_atomic_xchg_i64_x86_64": "xchg",
+    "tcg_gen_atomic_cmpxchg_i64_x86_64": "cmpxchg",
+    "tcg_gen_atomic_fetch_add_i64_x86_64": "fetch_add",
+    "tcg_gen_atomic_fetch_and_i64_x86_64": "fetch_and",
+    "tcg_gen_atomic_fetch_or_i64_x86_64": "fetch_or",
+    "tcg_gen_atomic_fetch_xor_i64_x86_64": "fetch_xor",
+    "tcg_gen_atomic_add_fetch_i64_x86_64": "add_fetch",
+    "tcg_gen_atomic_and_fetch_i64_x86_64": "and_fetch",
+    "tcg_gen_atomic_or_fetch_i64_x86_64": "or_fetch",
+    "tcg_gen_atomic_xor_fetch_i64_x86_64": "xor_fetch",
 }
 #: Slot of native.S's table -> function of the library that it calls.
 _CALLED = {
@@ -106,6 +119,17 @@ _CALLED = {
     "original_fill": "x86_cpu_tlb_fill_x86_64",
     "original_lookup": "helper_lookup_tb_ptr_x86_64",
     "original_set_page": "tlb_set_page_with_attrs_x86_64",
+    "gen_op1": "tcg_gen_op1_x86_64",
+    "original_xchg": "tcg_gen_atomic_xchg_i64_x86_64",
+    "original_cmpxchg": "tcg_gen_atomic_cmpxchg_i64_x86_64",
+    "original_fetch_add": "tcg_gen_atomic_fetch_add_i64_x86_64",
+    "original_fetch_and": "tcg_gen_atomic_fetch_and_i64_x86_64",
+    "original_fetch_or": "tcg_gen_atomic_fetch_or_i64_x86_64",
+    "original_fetch_xor": "tcg_gen_atomic_fetch_xor_i64_x86_64",
+    "original_add_fetch": "tcg_gen_atomic_add_fetch_i64_x86_64",
+    "original_and_fetch": "tcg_gen_atomic_and_fetch_i64_x86_64",
+    "original_or_fetch": "tcg_gen_atomic_or_fetch_i64_x86_64",
+    "original_xor_fetch": "tcg_gen_atomic_xor_fetch_i64_x86_64",
 }
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -54,6 +54,8 @@
         .set CC_MASK, 0x8d5
         .set EXCP06_ILLOP, 6
 
+        .set INDEX_OP_MB, 4
+        .set MO_ALL_BAR_SC, 0x3f        /* TCG_MO_ALL | TCG_BAR_SC */
         .set MMU_INST_FETCH, 2
         .set PAGE_WRITE, 2
         .set PAGE_EXEC, 4
@@ -98,6 +100,17 @@
         slot original_lookup, 32        /* helper_lookup_tb_ptr(env) */
         slot epilogue, 33               /* tcg_ctx->code_gen_epilogue: where a block returns to the main loop */
         slot access, 31                 /* MMUAccessType of the TLB miss that is being handled */
+        slot gen_op1, 34                /* tcg_gen_op1(tcg_ctx, opcode, argument) */
+        slot original_xchg, 35        /* tcg_gen_atomic_xchg_i64(tcg_ctx, …), and so on */
+        slot original_cmpxchg, 36
+        slot original_fetch_add, 37
+        slot original_fetch_and, 38
+        slot original_fetch_or, 39
+        slot original_fetch_xor, 40
+        slot original_add_fetch, 41
+        slot original_and_fetch, 42
+        slot original_or_fetch, 43
+        slot original_xor_fetch, 44
 
 start:
 
@@ -371,6 +384,43 @@ set_page:
         jz      1f
         and     r8d, ~PAGE_EXEC
 1:      jmp     [rip + original_set_page]
+
+/* void mb(tcg_ctx, type), in place of tcg_gen_mb; and, in place of tcg_gen_atomic_…, the same with a fence behind. For a
+   single virtual CPU the library translates MFENCE to nothing and locked instructions to plain ones. But a guest's
+   fences are also for the devices, who are on other CPUs of the host's: "I moved the index; do you sleep?" The
+   instructions need not be atomic (no device changes what the guest does), but their fence has to be there. */
+        .globl mb
+mb:
+        mov     edx, esi
+        mov     esi, INDEX_OP_MB
+        jmp     [rip + gen_op1]
+
+        .macro  fenced name
+        .globl  \name
+\name:
+        push    rbx
+        mov     rbx, rdi
+        sub     rsp, 8
+        push    [rsp + 24]                      /* the seventh argument, which one of them has */
+        call    [rip + original_\name]
+        add     rsp, 16
+        mov     rdi, rbx
+        pop     rbx
+        mov     esi, INDEX_OP_MB
+        mov     edx, MO_ALL_BAR_SC
+        jmp     [rip + gen_op1]
+        .endm
+
+        fenced  xchg
+        fenced  cmpxchg
+        fenced  fetch_add
+        fenced  fetch_and
+        fenced  fetch_or
+        fenced  fetch_xor
+        fenced  add_fetch
+        fenced  and_fetch
+        fenced  or_fetch
+        fenced  xor_fetch
 
 /* void nothing(): in place of tlb_reset_dirty_by_vaddr, which walked the whole TLB for every new block; protect_code
    does it once a page. */

@@ -28,7 +28,16 @@ CODE = bytes.fromhex(
     "0b00004889f048c1e80c483b05670c00007324488b0d560c0000c6040101488b3d330c00004803353c0c0000ba001000"
     "00ff25d10b0000c348c1ee0c483b35350c0000730b488b0d240c0000c6043100c3488915280c0000ff25b20b0000488b"
     "051b0c000048c1e80c483b05080c0000730d488b0df70b0000803c01007506ff25930b0000c3890d1c0c0000ff25060c"
-    "0000833d0f0c000002740d41f7c00200000074044183e0fbff25f20b0000c3"
+    "0000833d0f0c000002740d41f7c00200000074044183e0fbff25f20b000089f2be04000000ff25050c0000534889fb48"
+    "83ec08ff742418ff15fb0b00004883c4104889df5bbe04000000ba3f000000ff25db0b0000534889fb4883ec08ff7424"
+    "18ff15d90b00004883c4104889df5bbe04000000ba3f000000ff25b10b0000534889fb4883ec08ff742418ff15b70b00"
+    "004883c4104889df5bbe04000000ba3f000000ff25870b0000534889fb4883ec08ff742418ff15950b00004883c41048"
+    "89df5bbe04000000ba3f000000ff255d0b0000534889fb4883ec08ff742418ff15730b00004883c4104889df5bbe0400"
+    "0000ba3f000000ff25330b0000534889fb4883ec08ff742418ff15510b00004883c4104889df5bbe04000000ba3f0000"
+    "00ff25090b0000534889fb4883ec08ff742418ff152f0b00004883c4104889df5bbe04000000ba3f000000ff25df0a00"
+    "00534889fb4883ec08ff742418ff150d0b00004883c4104889df5bbe04000000ba3f000000ff25b50a0000534889fb48"
+    "83ec08ff742418ff15eb0a00004883c4104889df5bbe04000000ba3f000000ff258b0a0000534889fb4883ec08ff7424"
+    "18ff15c90a00004883c4104889df5bbe04000000ba3f000000ff25610a0000c3"
 )
 
 #: Where each function starts, in bytes.
@@ -53,7 +62,18 @@ ENTRIES = {
     "set_dirty": 0x4ae,
     "fill": 0x4d6,
     "set_page": 0x4e2,
-    "nothing": 0x4fe,
+    "mb": 0x4fe,
+    "xchg": 0x50b,
+    "cmpxchg": 0x535,
+    "fetch_add": 0x55f,
+    "fetch_and": 0x589,
+    "fetch_or": 0x5b3,
+    "fetch_xor": 0x5dd,
+    "add_fetch": 0x607,
+    "and_fetch": 0x631,
+    "or_fetch": 0x65b,
+    "xor_fetch": 0x685,
+    "nothing": 0x6af,
 }
 
 #: Where each entry of the table lies, in bytes from the table's start; each has eight.
@@ -92,5 +112,16 @@ SLOTS = {
     "access": 0xf8,
     "original_lookup": 0x100,
     "epilogue": 0x108,
+    "gen_op1": 0x110,
+    "original_xchg": 0x118,
+    "original_cmpxchg": 0x120,
+    "original_fetch_add": 0x128,
+    "original_fetch_and": 0x130,
+    "original_fetch_or": 0x138,
+    "original_fetch_xor": 0x140,
+    "original_add_fetch": 0x148,
+    "original_and_fetch": 0x150,
+    "original_or_fetch": 0x158,
+    "original_xor_fetch": 0x160,
 }
 # fmt: on
