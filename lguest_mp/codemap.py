@@ -8,8 +8,11 @@ the CPU holds translations of code in that page, kept exact by the CPU's process
 A worker that has filled guest memory looks at the bytes of the pages it wrote before it tells the guest (the used
 index; the guest may poll it, so the interrupt would be too late). Nearly always there is no hit, and the look was all
 it cost. On a hit it names the pages to the machine process over a socket of its queue's, and waits for the answer: the
-translations are gone. The look comes after a fence of both processes (``Queue`` does it), so that a mark made before
-the write was visible is seen.
+translations are gone.
+
+The look needs no fence. A mark that matters was made before the guest offered the buffer, by the same thread of the
+host's that then executed the offer; x86 shows stores to others in their order, so whoever sees the offer sees the
+mark. What is translated from a buffer while a device fills it is a race of the guest with itself.
 """
 
 from __future__ import annotations

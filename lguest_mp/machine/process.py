@@ -17,7 +17,6 @@ from lguest_mp.machine.pc import Pc
 from lguest_mp.machine.stalecode import answer_workers
 from lguest_mp.machine.wiring import DevicePort
 from lguest_mp.memory import GuestMemory
-from lguest_mp.virtio import fence
 
 
 def run_machine(  # noqa: PLR0917 -- what a machine consists of
@@ -30,8 +29,6 @@ def run_machine(  # noqa: PLR0917 -- what a machine consists of
     events: socket.socket,
 ) -> None:
     """Runs the guest from its first instruction to its end, and tells the supervisor how it ended."""
-    # The workers' fences have to reach the embedded CPU, which drops the guest's own.
-    fence.register()
     pc = Pc(memory, devices, requests, events, input_fd=0, output_fd=1)
     engine = UnicornEngine(memory, pc, code_map)
     answer_workers(code_map, engine, pc.add_reader)

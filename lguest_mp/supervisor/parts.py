@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -95,14 +94,13 @@ def pc() -> Parts:
     """
     from lguest_mp.boot.linux import prepare  # noqa: PLC0415
     from lguest_mp.codemap import CodeMap  # noqa: PLC0415
-    from lguest_mp.virtio.fence import strongest  # noqa: PLC0415
     from lguest_mp.virtio.queue import Queue  # noqa: PLC0415
 
     return Parts(
         read_kernel=prepare,
         open_devices=_open_virtio_devices,
         make_watches=CodeMap,
-        make_queue=partial(Queue, fence=strongest()),
+        make_queue=Queue,
         load_machine=_load_pc,
     )
 

@@ -30,9 +30,9 @@ two places depend on it not doing so, on both sides: ``fence.py`` has the story.
 - publishing: move the used index; fence; look whether the driver wants an interrupt. A look *before* the fence that
   says yes is good enough, since an interrupt too many is harmless; only a no has to be confirmed behind it.
 
-An engine that keeps translations of guest code adds a third: what a worker has written may be code, and the guest may
-find the used index by polling. So data comes first, then a fence, then the ``watch`` is told which bytes were written
-and sees to it that no stale translation is left, and only then the used ring moves.
+An engine that keeps translations of guest code adds a third thing: what a worker has written may be code, and the guest
+may find the used index by polling. So data comes first, then the ``watch`` is told which bytes were written and sees to
+it that no stale translation is left (``codemap.py``), and only then the used ring moves.
 
 **A worker may be killed at any instruction and replaced.** All that another Queue on the same rings needs is in guest
 memory: the used index says how many buffers are completed, buffers are completed in the order in which they were made
@@ -59,7 +59,7 @@ from typing import TYPE_CHECKING
 
 from lguest_mp.errors import DeviceProtocolError, GuestAddressError
 from lguest_mp.memory import GuestMemory
-from lguest_mp.virtio import fence as fences
+from lguest_mp.virtio import fence
 from lguest_mp.virtio.device import Feature, QueueLayout
 
 if TYPE_CHECKING:
@@ -81,9 +81,6 @@ MAX_CHAIN_BYTES = 1 << 32
 #: So many completions are published at the latest: enough to make the cost of publishing small, few enough that the
 #: guest can work on some of them while we work on the next.
 BATCH = 16
-#: Where the fence does not reach the guest: how long to sleep, in milliseconds, before looking again, each time.
-RECHECKS = (1, 20)
-
 #: How many shapes of indirect tables are remembered; a driver has few. (The caches are made at import, before anything
 #: is forked: making them touches 150 KiB of memory that workers otherwise share.)
 CACHED = 64
@@ -149,7 +146,6 @@ class Queue:
         kick: int,
         call: int,
         watch: WriteWatch | None = None,
-        fence: fences.Fence | None = None,
     ) -> None:
         size = layout.size
         if not 0 < size <= MAX_QUEUE_SIZE or size & (size - 1):
@@ -162,7 +158,7 @@ class Queue:
         self._kick = kick
         self._call = call
         self._watch = watch
-        self._fence = fence or fences.strongest()
+        self._fence = fence.full
         self._event_idx = bool(features & _EVENT_IDX)
         self._indirect = bool(features & _INDIRECT_DESC)
 
@@ -274,7 +270,6 @@ class Queue:
         if not completed:
             return
         if self._written and self._watch is not None:
-            self._fence.full()
             self._watch.written(self._written)
             self._written.clear()
         index = self._used_index
@@ -295,15 +290,11 @@ class Queue:
         if not news:
             return
         self._signalled = index
-        if self._wants_interrupt(index, news) or not self._no_is_final(index, news):
-            os.eventfd_write(self._call, 1)
-
-    def _no_is_final(self, index: int, news: int) -> bool:
-        """Whether the driver still wants no interrupt once it must have seen the used index."""
-        if not self._fence.reaches_guest:
-            return False  # its yes may be on its way to us at any time
-        self._fence.full()
-        return not self._wants_interrupt(index, news)
+        if not self._wants_interrupt(index, news):
+            self._fence()
+            if not self._wants_interrupt(index, news):
+                return
+        os.eventfd_write(self._call, 1)
 
     def _wants_interrupt(self, index: int, news: int) -> bool:
         """Whether the driver wants to be told that the used index moved by ``news`` and is ``index`` (2.7.7.2)."""
@@ -324,9 +315,8 @@ class Queue:
             self._avail_event[0] = index
         else:
             self._used[0] = 0
-        self._fence.full()
-        nothing_came = self._available[1] == index and (self._fence.reaches_guest or not self._late_arrival(index))
-        if nothing_came and (seconds is None or self._is_kicked_within(seconds)):
+        self._fence()
+        if self._available[1] == index and (seconds is None or self._is_kicked_within(seconds)):
             os.read(self._kick, 8)
         if not self._event_idx:
             self._suppress_notifications()
@@ -335,15 +325,6 @@ class Queue:
         poll = select.poll()
         poll.register(self._kick, select.POLLIN)
         return bool(poll.poll(seconds * 1000))
-
-    def _late_arrival(self, index: int) -> bool:
-        """Sleeps shortly and looks again, in place of a fence that reaches the guest: whether something came."""
-        for milliseconds in RECHECKS:
-            if self._is_kicked_within(milliseconds / 1000):
-                return False  # a notification, which is still to be taken
-            if self._available[1] != index:
-                return True
-        return False
 
     def _chain(self, head: int) -> Chain:  # noqa: PLR0912 -- a branch for each rule
         """Walks a descriptor chain: every descriptor is copied once, and the copy checked."""

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 from lguest_mp.codemap import WriteWatch
 from lguest_mp.memory import GuestMemory
+from lguest_mp.virtio import fence
 from lguest_mp.virtio.device import Device, Feature, QueueLayout
-from lguest_mp.virtio.fence import Fence, LocalFence
 from lguest_mp.virtio.queue import Queue
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
@@ -99,7 +99,7 @@ class MockDriver:
         self._available = self._notified = 0
         self._seen_used = 0
         #: Its memory barrier (2.7.13.4.1).
-        self.fence = LocalFence().full
+        self.fence = fence.full
         self._available_ring = self.memory.slice(available, 6 + 2 * size).cast("H")
         self._used = self.memory.slice(used, 4).cast("H")
         self._used_ring = self.memory.slice(used + 4, 8 * size).cast("I")
@@ -250,18 +250,17 @@ class MockDriver:
     @contextmanager
     def on_fence(queue: Queue, action: Callable[[], object]) -> Iterator[None]:
         """While the device's next fences are executed, the driver does ``action``."""
-        fence = queue._fence
-        full = fence.full
+        full = queue._fence
 
         def during() -> None:
             full()
             action()
 
-        fence.full = during
+        queue._fence = during
         try:
             yield
         finally:
-            fence.full = full
+            queue._fence = full
 
     @contextmanager
     def on_read(self, reads: list[int], action: Callable[[], object]) -> Iterator[None]:
@@ -300,9 +299,9 @@ class MockDriver:
 
     # The device's side.
 
-    def queue(self, watch: WriteWatch | None = None, fence: Fence | None = None) -> IdlingQueue:
+    def queue(self, watch: WriteWatch | None = None) -> IdlingQueue:
         """A device's queue on these rings, which raises Idle instead of sleeping."""
-        return IdlingQueue(self.memory, self.layout, self.features, self.kicked, self.called, watch, fence)
+        return IdlingQueue(self.memory, self.layout, self.features, self.kicked, self.called, watch)
 
     def serve(self, device: Device, queue_index: int = 0, queue: Queue | None = None) -> Context:
         """Lets a device's worker serve all that is available; what it said."""

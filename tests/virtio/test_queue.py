@@ -12,7 +12,6 @@ from mockdriver import ALL, INDIRECT, NEXT, WRITE, Descriptor, DriverFactory, Id
 from lguest_mp.errors import DeviceProtocolError
 from lguest_mp.memory import GuestMemory
 from lguest_mp.virtio.device import Feature, QueueLayout
-from lguest_mp.virtio.fence import Fence, LocalFence
 from lguest_mp.virtio.queue import BATCH, Chain, Queue
 
 MIB = 1 << 20
@@ -214,23 +213,12 @@ class TestPublishing:
 
     def test_a_wish_that_comes_during_the_fence_is_heard(self, driver: MockDriver) -> None:
         """2.7.14: the driver enables interrupts, and looks at the used index before it can see the new one."""
-
-        def late() -> None:
-            driver.set_used_event(0)
-
-        queue = driver.queue(fence=Fence(late, reaches_guest=True))
+        queue = driver.queue()
         driver.set_used_event(100)
         driver.add([b"x"])
         queue.push(popped(queue), 0)
-        queue.flush()
-        assert driver.interrupts() == 1
-
-    def test_without_a_fence_that_reaches_the_guest_every_publication_interrupts(self, driver: MockDriver) -> None:
-        queue = driver.queue(fence=LocalFence())
-        driver.set_used_event(100)
-        driver.add([b"x"])
-        queue.push(popped(queue), 0)
-        queue.flush()
+        with driver.on_fence(queue, lambda: driver.set_used_event(0)):
+            queue.flush()
         assert driver.interrupts() == 1
 
     def test_the_length_has_32_bits(self, driver: MockDriver) -> None:
@@ -257,17 +245,16 @@ class Recorder:
 class TestWriteWatch:
     """An engine that keeps translations of code hears of every write before the driver can."""
 
-    def test_after_a_fence_and_before_the_used_index(self, driver: MockDriver) -> None:
+    def test_before_the_used_index(self, driver: MockDriver) -> None:
         events: list[object] = []
-        fence = Fence(lambda: events.append("fence"), reaches_guest=True)
-        queue = driver.queue(watch=Recorder(driver, events), fence=fence)
+        queue = driver.queue(watch=Recorder(driver, events))
         first = driver.add([b"x"], [10, 0, 20])
         second = driver.add([b"x"], [7])
         queue.push(popped(queue), 13)
         queue.push(popped(queue), 7)
         queue.flush()
         (one, _, three), (four,) = first.writable, second.writable
-        assert events == ["fence", ("written", [one, (three[0], 3), four], 0)]
+        assert events == [("written", [one, (three[0], 3), four], 0)]
         assert driver.used_index == 2
 
     def test_nothing_written_nothing_to_watch(self, driver: MockDriver) -> None:
@@ -287,20 +274,20 @@ class TestNotifications:
         driver = new_driver(features=0)
         seen = []
 
-        def look() -> None:
-            seen.append(driver.used_flags)
-
-        queue = Queue(
-            driver.memory, driver.layout, 0, driver.kicked, driver.called, fence=Fence(look, reaches_guest=True)
-        )
+        queue = Queue(driver.memory, driver.layout, 0, driver.kicked, driver.called)
         assert driver.used_flags == 1
         driver.kick()
         driver.add([b"x"])
         queue.push(queue.wait(), 0)
+
+        def look() -> None:
+            seen.append(driver.used_flags)
+            driver.add([b"y"])
+
         driver.kick()
-        with driver.on_fence(queue, lambda: driver.add([b"y"])):
+        with driver.on_fence(queue, look):
             queue.wait()
-        assert seen == [0]
+        assert 0 in seen
         assert driver.used_flags == 1
 
     def test_with_event_idx_we_name_the_entry_that_wakes_us(self, driver: MockDriver) -> None:
@@ -321,29 +308,9 @@ class TestNotifications:
         with driver.on_fence(queue, lambda: driver.add([b"late"])):
             assert bytes(queue.wait().readable[0]) == b"late"
 
-    @pytest.mark.parametrize("features", [0, Feature.RING_EVENT_IDX])
-    def test_what_becomes_visible_late_is_found_without_a_fence(
-        self, new_driver: DriverFactory, monkeypatch: pytest.MonkeyPatch, features: int
-    ) -> None:
-        """Where the fence does not reach the guest, we look again after a while."""
-        driver = new_driver(features=features)
-        queue = Queue(driver.memory, driver.layout, features, driver.kicked, driver.called, fence=LocalFence())
-
-        class Poll:
-            def register(self, fd: int, events: int) -> None:
-                assert fd == driver.kicked
-
-            def poll(self, timeout: int) -> list[tuple[int, int]]:
-                driver.add([b"late"])
-                return []
-
-        monkeypatch.setattr("select.poll", Poll)
-        assert bytes(queue.wait().readable[0]) == b"late"
-
-    @pytest.mark.parametrize("fence", [None, LocalFence()], ids=["global", "local"])
-    def test_spurious_notifications_are_handled(self, driver: MockDriver, fence: Fence | None) -> None:
+    def test_spurious_notifications_are_handled(self, driver: MockDriver) -> None:
         """2.7.10.2: MUST."""
-        queue = Queue(driver.memory, driver.layout, ALL, driver.kicked, driver.called, fence=fence)
+        queue = Queue(driver.memory, driver.layout, ALL, driver.kicked, driver.called)
         driver.kick()
         reads: list[int] = []
         with driver.on_read(reads, lambda: driver.add([b"x"])):

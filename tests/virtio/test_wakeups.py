@@ -15,9 +15,7 @@ from collections.abc import Iterator
 import pytest
 from mockdriver import HANGS, DriverFactory, MockDriver
 
-from lguest_mp.virtio import fence
 from lguest_mp.virtio.device import Feature
-from lguest_mp.virtio.fence import Fence, LocalFence
 from lguest_mp.virtio.queue import Queue
 
 REQUESTS = 20_000
@@ -29,9 +27,9 @@ def answer(number: int) -> int:
     return number * 0x9E3779B97F4A7C15 & (1 << 64) - 1
 
 
-def serve(driver: MockDriver, how: Fence | None) -> None:
+def serve(driver: MockDriver) -> None:
     """A device that answers numbers."""
-    queue = Queue(driver.memory, driver.layout, driver.features, driver.kicked, driver.called, fence=how)
+    queue = Queue(driver.memory, driver.layout, driver.features, driver.kicked, driver.called)
     while True:
         chain = queue.wait()
         (number,) = struct.unpack("<Q", chain.readable[0])
@@ -45,13 +43,13 @@ class Workers:
     def __init__(self) -> None:
         self._pid = 0
 
-    def start(self, driver: MockDriver, how: Fence | None) -> None:
+    def start(self, driver: MockDriver) -> None:
         self._pid = os.fork()
         if not self._pid:
             try:
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.alarm(HANGS)
-                serve(driver, how)
+                serve(driver)
             finally:
                 os._exit(1)
 
@@ -94,30 +92,9 @@ def converse(driver: MockDriver, requests: int, chance: random.Random, *, most: 
 @pytest.mark.parametrize("most", [1, 8])
 def test_nothing_is_lost(new_driver: DriverFactory, workers: Workers, features: int, most: int) -> None:
     driver = new_driver(features=features | Feature.RING_INDIRECT_DESC)
-    workers.start(driver, None)
+    workers.start(driver)
     converse(driver, REQUESTS, random.Random(most), most=most)
     assert os.WTERMSIG(workers.kill()) == signal.SIGKILL, "it was alive until then"
-
-
-@pytest.mark.parametrize("features", [0, Feature.RING_EVENT_IDX], ids=["flags", "event_idx"])
-def test_a_driver_whose_fences_are_dropped(new_driver: DriverFactory, workers: Workers, features: int) -> None:
-    """The embedded CPU's guest: the device's membarrier(2) has to do for both."""
-    assert fence.register()
-    driver = new_driver(features=features | Feature.RING_INDIRECT_DESC)
-    driver.fence = lambda: None
-    workers.start(driver, fence.GlobalFence())
-    converse(driver, REQUESTS, random.Random(1))
-    assert os.WTERMSIG(workers.kill()) == signal.SIGKILL
-
-
-@pytest.mark.parametrize("features", [0, Feature.RING_EVENT_IDX], ids=["flags", "event_idx"])
-def test_without_membarrier(new_driver: DriverFactory, workers: Workers, features: int) -> None:
-    """Where the kernel has none, always interrupting and a timed look have to do."""
-    driver = new_driver(features=features | Feature.RING_INDIRECT_DESC)
-    driver.fence = lambda: None
-    workers.start(driver, LocalFence())
-    converse(driver, REQUESTS // 4, random.Random(2))
-    assert os.WTERMSIG(workers.kill()) == signal.SIGKILL
 
 
 @pytest.mark.parametrize("features", [0, Feature.RING_EVENT_IDX], ids=["flags", "event_idx"])
@@ -127,7 +104,7 @@ def test_workers_that_are_killed_and_replaced(
     """All that a successor needs is in the rings; an interrupt that fell into the gap is made up for by one more."""
     chance = random.Random(3)
     driver = new_driver(features=features | Feature.RING_INDIRECT_DESC)
-    workers.start(driver, None)
+    workers.start(driver)
     notify = driver.notify
 
     def notify_and_kill() -> None:
@@ -136,7 +113,7 @@ def test_workers_that_are_killed_and_replaced(
             for _ in range(chance.randrange(3000)):
                 pass
             workers.kill()
-            workers.start(driver, None)
+            workers.start(driver)
             os.eventfd_write(driver.called, 1)
 
     monkeypatch.setattr(driver, "notify", notify_and_kill)
