@@ -90,7 +90,13 @@ class Engine(ABC):
 
     @abstractmethod
     def kick(self) -> None:
-        """An interrupt may be pending: have the CPU look, also when it sleeps in HLT. From any thread."""
+        """An interrupt may be pending: have the CPU look, also when it sleeps in HLT. From any thread.
+
+        Who kicks from another thread calls :meth:`settle` before it sleeps.
+        """
+
+    def settle(self) -> None:  # noqa: B027 -- an engine whose kicks cannot be missed has nothing to do
+        """Makes sure of all kicks (and jobs) so far. From the thread that kicked."""
 
     @abstractmethod
     def call(self, job: Callable[[], None]) -> None:

@@ -43,6 +43,8 @@ class EventLoop:
         self._helper_wake: int | None = None
         self._lock = threading.Lock()
         self._stopping = False
+        #: Called on the loop's thread whenever it is about to sleep.
+        self.before_sleep: Handler = _nothing
         self._thread: threading.Thread | None = None
 
     def add_shared(self, fd: int, handler: Handler, events: int = select.EPOLLIN) -> None:
@@ -119,6 +121,7 @@ class EventLoop:
     def _run(self, failed: Callable[[Exception], None]) -> None:
         try:
             while not self._stopping:
+                self.before_sleep()
                 self.step(self._timeout())
         except Exception as error:  # Whoever started the loop decides what a bug means
             failed(error)
@@ -144,3 +147,7 @@ class EventLoop:
                     return
                 handler = heapq.heappop(self._later)[2]
             handler()
+
+
+def _nothing() -> None:
+    """What is to be done before sleeping, unless somebody says otherwise."""

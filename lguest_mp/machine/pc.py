@@ -299,6 +299,7 @@ class Pc:
         """Runs the guest on this thread until it ends, and tells the supervisor how it did."""
         self._engine = engine
         self._lock.kick = engine.kick
+        self._loop.before_sleep = engine.settle
         engine.enter(entry)
         self._take_input()
         live(

@@ -65,7 +65,7 @@ def kicker(machine: Machine) -> Iterator[Callable[[], None]]:
 
     def kick() -> None:
         while not stop.is_set():
-            machine.engine.kick()
+            machine.kick()
 
     thread = threading.Thread(target=kick)
     yield thread.start

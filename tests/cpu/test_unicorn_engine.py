@@ -204,7 +204,7 @@ def test_an_interrupt_waits_for_the_flag_and_the_shadow(machine: Machine, assemb
 
     def interrupt(_value: int) -> None:
         machine.platform.interrupts.append(0x41)
-        machine.engine.kick()
+        machine.kick()
 
     machine.platform.on_output[0x20] = interrupt
     assert machine.run() == 2
@@ -216,7 +216,7 @@ def test_halt_sleeps_until_an_interrupt(machine: Machine, assemble: Assemble) ->
 
     def interrupt() -> None:
         machine.platform.interrupts.append(0x41)
-        machine.engine.kick()
+        machine.kick()
 
     threads: list[threading.Thread] = []
 
@@ -282,7 +282,7 @@ def test_no_interrupt_is_lost_under_load(machine: Machine, assemble: Assemble) -
     def raise_them() -> None:
         while wanted.acquire() and not done.is_set():
             machine.platform.interrupts.append(0x41)
-            machine.engine.kick()
+            machine.kick()
 
     thread = threading.Thread(target=raise_them)
     thread.start()
@@ -302,12 +302,12 @@ def test_an_interrupt_that_comes_together_with_a_job_is_not_lost(machine: Machin
 
     def both() -> None:
         machine.platform.interrupts.append(0x41)
-        machine.engine.call(lambda: None)
+        machine.call(lambda: None)
 
     def give_up() -> None:
         machine.platform.port_write(EXIT_PORT, 4, 0)
 
-    timers = [threading.Timer(0.1, both), threading.Timer(5, machine.engine.call, (give_up,))]
+    timers = [threading.Timer(0.1, both), threading.Timer(5, machine.call, (give_up,))]
 
     def start(_value: int) -> None:
         for timer in timers:
@@ -348,13 +348,13 @@ def test_an_interrupt_is_not_lost_in_the_shadow_of_an_sti_before_a_ret(machine: 
 
     def interrupt(_value: int) -> None:
         machine.platform.interrupts.append(0x41)
-        machine.engine.kick()
+        machine.kick()
         give_up.start()
 
     def stop() -> None:
         machine.platform.port_write(EXIT_PORT, 4, 0)
 
-    give_up = threading.Timer(5, machine.engine.call, (stop,))
+    give_up = threading.Timer(5, machine.call, (stop,))
     machine.platform.on_output[0x20] = interrupt
     assert machine.run() == 1
     give_up.cancel()
@@ -368,7 +368,7 @@ def test_a_job_reaches_a_guest_that_is_stuck_with_interrupts_off(machine: Machin
         machine.platform.exit_value = 7
         raise Exit
 
-    timer = threading.Timer(0.05, machine.engine.call, (stop,))
+    timer = threading.Timer(0.05, machine.call, (stop,))
     machine.platform.on_output[0x20] = lambda _value: timer.start()
     assert machine.run() == 7
     timer.join()
@@ -454,7 +454,7 @@ def test_a_devices_write_is_executed_after_forget_code(machine: Machine, assembl
         machine.memory.write(_FUNCTION_PAGE + 1, b"\x33")
         machine.memory.write(_FUNCTION_PAGE + 0x81, b"\x44")
         assert machine.code_map.marks[page] == 1
-        machine.engine.call(lambda: machine.engine.forget_code(page, page))
+        machine.call(lambda: machine.engine.forget_code(page, page))
 
     machine.platform.on_output[0x20] = device_writes
     assert machine.run() == 0x4433
@@ -469,3 +469,27 @@ def test_code_above_4_gib_is_marked_where_it_lies_in_the_mapping(assemble: Assem
         assert machine.code_map.marks[LOW_RAM_LIMIT // PAGE_SIZE] == 1
     finally:
         machine.engine.close()
+
+
+def test_a_job_that_comes_while_an_interrupt_is_taken_is_run(machine: Machine, assemble: Assemble) -> None:
+    """The look for jobs is over by then, and taking an interrupt clears the request that brought the CPU there."""
+    machine.load(assemble("init; sti; out 0x20, al; 1: jmp 1b; .balign 256; iretq"))
+    machine.set_gate(0x41, CODE + 256)
+
+    def stop() -> None:
+        machine.platform.exit_value = 7
+        raise Exit
+
+    def take() -> int | None:
+        machine.engine.call(stop)
+        machine.engine._internals.interrupt_request.value = 0
+        return 0x41
+
+    machine.platform.take_interrupt = take  # type: ignore[method-assign]
+    machine.platform.on_output[0x20] = lambda _value: machine.engine.kick()
+    give_up = threading.Timer(20, machine.call, (stop,))
+    give_up.start()
+    assert machine.run() == 7
+    assert give_up.is_alive()
+    give_up.cancel()
+    give_up.join()

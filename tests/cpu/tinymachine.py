@@ -108,6 +108,16 @@ class Machine:
     def load(self, code: bytes, at: int = CODE) -> None:
         self.memory.write(at, code)
 
+    def kick(self) -> None:
+        """As a thread does that sleeps next."""
+        self.engine.kick()
+        self.engine.settle()
+
+    def call(self, job: Callable[[], None]) -> None:
+        """The same with a job."""
+        self.engine.call(job)
+        self.engine.settle()
+
     def run(self, at: int = CODE) -> int:
         """Runs from an address until the guest writes EXIT_PORT; the value it wrote."""
         self.engine.enter(EntryState(at, 0, PAGE_TABLES, GDT, 0x47))

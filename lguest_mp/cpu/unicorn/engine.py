@@ -6,8 +6,8 @@ CPU_INTERRUPT_HARD and then ends the chain of blocks; between two blocks the lib
 is used only to leave for good.
 
 The library clears the end-of-chain flag and then reads the request, with no fence between: its read may overtake its
-own store. So :meth:`kick` raises the flag once more after a ``membarrier`` has drained the CPU's stores: the second
-time it cannot be lost.
+own store, and a kick that falls in between is lost. So :meth:`settle`, a moment later, looks whether the request was
+taken. If not, it drains the CPU's stores by ``membarrier`` and raises the flag once more: now it cannot be lost.
 
 A callback into Python must not be left by an exception (there is C below it): the exception is kept, the library told
 to stop, and :meth:`run` raises it.
@@ -61,6 +61,7 @@ class UnicornEngine(Engine):
         self._failure: BaseException | None = None
         self._jobs: deque[Callable[[], None]] = deque()
         self._sleeping = False
+        self._is_settled = True
         self._thread = 0
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._syscall = ctypes.CDLL(None, use_errno=True).syscall
@@ -91,7 +92,8 @@ class UnicornEngine(Engine):
                 vector = platform.take_interrupt()
                 if vector is None:
                     return -1
-                if platform.interrupt_pending():
+                # A job that came since the library looked for one left its mark before ours was cleared.
+                if platform.interrupt_pending() or self._jobs:
                     request.value = _CPU_INTERRUPT_HARD
             except BaseException as error:
                 fail(error)
@@ -266,8 +268,20 @@ class UnicornEngine(Engine):
         internals = self._internals
         internals.interrupt_request.value = _CPU_INTERRUPT_HARD
         internals.exit_chain.value = 0xFFFF
-        self._fence(_MEMBARRIER_CMD_PRIVATE_EXPEDITED)
-        internals.exit_chain.value = 0xFFFF
+        self._is_settled = False
+
+    def settle(self) -> None:
+        """Kicks once more if the CPU may have missed it; see Engine.
+
+        Nearly always it has looked by now, and the fence, which interrupts its processor, is spared.
+        """
+        if self._is_settled:
+            return
+        self._is_settled = True
+        internals = self._internals
+        if internals.interrupt_request.value:
+            self._fence(_MEMBARRIER_CMD_PRIVATE_EXPEDITED)
+            internals.exit_chain.value = 0xFFFF
 
     def call(self, job: Callable[[], None]) -> None:
         """Runs a job on the CPU's thread; see Engine."""
