@@ -70,9 +70,10 @@ class LguestHost(ABC):
 
     @abstractmethod
     def initialize(self, pfn_limit: int, start: int, device_limit: int) -> None:
-        """Makes the guest: RAM ends at page ``pfn_limit``, the device pages behind it at page ``device_limit``.
+        """Makes the guest, whose first instruction is at ``start``. LguestError.
 
-        Its first instruction is at ``start``. LguestError.
+        Its memory, which is RAM and the device pages that are in use, ends at page ``pfn_limit``. From there up to page
+        ``device_limit`` there is nothing that could be mapped: an access is a PAGE_FAULT for the launcher.
         """
 
     @abstractmethod
