@@ -72,6 +72,8 @@ OFFLOADS = (
 _MOST_VIEWS = vectors.IOV_MAX - 2
 #: So many frames are published at the latest.
 _BATCH = 16
+#: After so many lost ones, frames that are not lost are shown to the driver at the latest.
+_MOST_LOST = 64
 #: How long (seconds) the driver may take to make more buffers available for a frame that needs them.
 _SHORTAGE = 0.1
 #: How long (seconds) to wait after a read that failed, in case the next one would, too.
@@ -150,16 +152,16 @@ class Net(Device):
 
 
 class _Losses:
-    """Tells the user why frames are lost, once for each reason."""
+    """Tells the user why frames are lost: of each kind the first one. A guest must not be able to make up kinds."""
 
     def __init__(self, net: Net, context: WorkerContext) -> None:
         self._name = net.name
         self._log = context.log
-        self._told: set[str] = set()
+        self._told: set[str | int | None] = set()
 
-    def note(self, reason: str) -> None:
-        if reason not in self._told:
-            self._told.add(reason)
+    def note(self, kind: str | int | None, reason: str) -> None:
+        if kind not in self._told:
+            self._told.add(kind)
             self._log(f"{self._name}: {reason}")
 
 
@@ -180,11 +182,11 @@ def _transmit(net: Net, queue: Queue, context: WorkerContext, header_size: int) 
             views = vectors.advance(views, skipped)
         try:
             if length > LONGEST_FRAME:
-                losses.note(f"a packet of {length} bytes is lost: no network has such")
+                losses.note("long", f"a packet of {length} bytes is lost: no network has such")
             else:
                 write(views)
         except OSError as error:
-            losses.note(f"packets to the network are lost: {error.strerror}")
+            losses.note(error.errno, f"packets to the network are lost: {error.strerror}")
         except WireGone:
             pass  # the receiveq's worker says so, to the user and to the guest
         queue.push(chain, 0)
@@ -209,6 +211,10 @@ class _Receiver:
         self._held: list[tuple[Chain, int]] = []
         #: In how many of them the next frame is expected to lie.
         self._expected = 1
+        #: Whether the driver was waited for in vain, and has made no buffer available since.
+        self._is_short = False
+        #: How many frames were lost here.
+        self._lost = 0
         #: For what does not fit.
         self._spill = memoryview(bytearray(LONGEST_FRAME))
 
@@ -234,7 +240,7 @@ class _Receiver:
             self._wire.wait(self._on_status)
         except OSError as error:
             queue.flush()
-            self._losses.note(f"packets from the network are lost: {error.strerror}")
+            self._losses.note(error.errno, f"packets from the network are lost: {error.strerror}")
             time.sleep(_AFTER_FAILURE)
         else:
             if self._wire.is_suspect:
@@ -273,6 +279,7 @@ class _Receiver:
         if room < self._header_size:
             raise DeviceProtocolError("5.1.6.3.1", f"a receive buffer of {room} bytes, with no room for a header")
         self._held.append((chain, room))
+        self._is_short = False
 
     def _buffers(self) -> Iterator[tuple[Chain, int]]:
         """Buffers for one frame: those that are held, then others as the driver makes them available.
@@ -282,16 +289,17 @@ class _Receiver:
         held = self._held
         for index in range(self._queue.size if self._mergeable else 1):
             if index == len(held):
-                chain = self._queue.pop() or self._queue.wait_for(_SHORTAGE)
+                chain = self._queue.pop() or (None if self._is_short else self._queue.wait_for(_SHORTAGE))
                 if chain is None:
+                    self._is_short = True
                     return
                 self._hold(chain)
             yield held[index]
 
     # ---- Frames ----
 
-    def _deliver(self, length: int, filled: int) -> None:
-        """Gives the guest a frame of ``length`` bytes (with its header), or loses it.
+    def _deliver(self, length: int, filled: int) -> bool:
+        """Gives the guest a frame of ``length`` bytes (with its header), or loses it: then False.
 
         Its beginning lies in the first ``filled`` of the buffers that are held, as much of it as they take. The rest is
         in the spill.
@@ -309,12 +317,20 @@ class _Receiver:
             if not left:
                 break
         else:
-            self._losses.note(f"a packet of {length} bytes is lost: the guest's receive buffers do not hold it")
-            return
+            self._lose("room", f"a packet of {length} bytes is lost: the guest's receive buffers do not hold it")
+            return False
         self._finish_header(parts[0][0], len(parts))
         self._queue.push_together(parts)
         del self._held[: len(parts)]
         self._expected = max(len(parts), self._expected - 1)
+        return True
+
+    def _lose(self, kind: str, reason: str) -> None:
+        """A frame is lost. Those before it must not wait until the wire, perhaps full of such, has nothing more."""
+        self._losses.note(kind, reason)
+        self._lost += 1
+        if self._lost % _MOST_LOST == 0:
+            self._queue.flush()
 
     def _finish_header(self, chain: Chain, buffers: int) -> None:
         """Sets num_buffers (5.1.6.4: 1 without MRG_RXBUF), and all the rest of the header if the wire has none."""
@@ -336,12 +352,13 @@ class _Receiver:
         try:
             frames = offload.mend(said, _copy(views, length)[size:])
         except offload.Nonsense as reason:
-            self._losses.note(f"a packet is lost: {reason}")
+            self._lose("nonsense", f"a packet is lost: {reason}")
             return
         for frame in frames:
             self._spill[:size] = _ZEROES[:size]
             self._spill[size : size + len(frame)] = frame
-            self._deliver(size + len(frame), 0)
+            if not self._deliver(size + len(frame), 0):
+                break
 
     # ---- The link ----
 
