@@ -48,6 +48,7 @@ HEADER = Field(0x202, "I")
 VERSION = Field(0x206, "H")
 TYPE_OF_LOADER = Field(0x210, "B")
 LOADFLAGS = Field(0x211, "B")
+CODE32_START = Field(0x214, "I")
 RAMDISK_IMAGE = Field(0x218, "I")
 RAMDISK_SIZE = Field(0x21C, "I")
 CMD_LINE_PTR = Field(0x228, "I")
@@ -56,6 +57,7 @@ KERNEL_ALIGNMENT = Field(0x230, "I")
 RELOCATABLE_KERNEL = Field(0x234, "B")
 XLOADFLAGS = Field(0x236, "H")
 CMDLINE_SIZE = Field(0x238, "I")
+HARDWARE_SUBARCH = Field(0x23C, "I")
 PAYLOAD_OFFSET = Field(0x248, "I")
 PAYLOAD_LENGTH = Field(0x24C, "I")
 PREF_ADDRESS = Field(0x258, "Q")
@@ -69,9 +71,11 @@ BOOT_FLAG_MAGIC = 0xAA55
 LOADER_UNDEFINED = 0xFF
 VID_MODE_NORMAL = 0xFFFF
 
-#: LOADFLAGS: the protected-mode code is at 1 MiB or above; the kernel may randomize where it puts its memory maps.
+#: LOADFLAGS: the protected-mode code is at 1 MiB or above; the kernel may randomize where it puts its memory maps; the
+#: segment registers are to be left as they are.
 LOADED_HIGH = 0x01
 KASLR_FLAG = 0x02
+KEEP_SEGMENTS = 0x40
 #: XLOADFLAGS: the image has the 64-bit entry point, 0x200 after its protected-mode code's start.
 XLF_KERNEL_64 = 0x0001
 

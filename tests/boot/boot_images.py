@@ -49,6 +49,28 @@ def elf64(
     return (header + b"".join(headers)).ljust(first_offset, b"\0") + body
 
 
+def elf32(
+    loads: Sequence[Load] = ((TEXT, CODE, len(CODE) + 8192),),
+    *,
+    entry: int = TEXT,
+    machine: int = 3,
+    type_: int = 2,
+    first_offset: int = 4096,
+) -> bytes:
+    """The same of 32 bits."""
+    headers = [struct.pack("<IIIIIIII", 4, 0, 0, 0, 0, 0, 0, 4)]
+    body = b""
+    for address, data, memory_size in loads:
+        offset = first_offset + len(body)
+        headers.append(
+            struct.pack("<IIIIIIII", 1, offset, address | 0xC000_0000, address, len(data), memory_size, 7, 4096)
+        )
+        body += data
+    ident = b"\x7fELF" + bytes((1, 1, 1, 0)) + bytes(8)
+    header = ident + struct.pack("<HHIIIIIHHHHHH", type_, machine, 1, entry, 52, 0, 0, 52, 32, len(headers), 40, 0, 0)
+    return (header + b"".join(headers)).ljust(first_offset, b"\0") + body
+
+
 def bzimage(
     payload: bytes,
     *,
@@ -62,6 +84,7 @@ def bzimage(
     cmdline_size: int = 2047,
     initrd_addr_max: int = 0x7FFF_FFFF,
     payload_offset: int = 1024,
+    code32_start: int = 0x10_0000,
 ) -> bytes:
     """A bzImage of boot protocol 2.15: boot sector and setup, then code, then the payload; nothing of it can run."""
     setup = bytearray(((setup_sects or 4) + 1) * 512)
@@ -73,6 +96,7 @@ def bzimage(
     setup[0x202:0x206] = b"HdrS"
     struct.pack_into("<H", setup, 0x206, version)
     setup[0x211] = 1
+    struct.pack_into("<I", setup, 0x214, code32_start)
     struct.pack_into("<II", setup, 0x22C, initrd_addr_max, alignment)
     setup[0x234] = relocatable
     struct.pack_into("<HI", setup, 0x236, xloadflags, cmdline_size)
