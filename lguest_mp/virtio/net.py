@@ -31,7 +31,6 @@ import struct
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from operator import itemgetter
 from typing import TYPE_CHECKING, NoReturn
 
 from lguest_mp.errors import DeviceProtocolError
@@ -80,8 +79,6 @@ _SHORTAGE = 0.1
 _AFTER_FAILURE = 0.1
 
 _ZEROES = bytes(header.LENGTH)
-#: Of a range, (offset, length).
-_length = itemgetter(1)
 
 
 class Net(Device):
@@ -207,8 +204,8 @@ class _Receiver:
         self._features = int(queue.features)
         self._mergeable = bool(queue.features & NetFeature.MRG_RXBUF.value)
         self._is_up = net.is_up
-        #: Buffers that were taken and hold no frame yet, and how much room there is in each.
-        self._held: list[tuple[Chain, int]] = []
+        #: Buffers that were taken and hold no frame yet, how much room there is in each, and where.
+        self._held: list[tuple[Chain, int, list[memoryview]]] = []
         #: In how many of them the next frame is expected to lie.
         self._expected = 1
         #: Whether the driver was waited for in vain, and has made no buffer available since.
@@ -261,10 +258,10 @@ class _Receiver:
             self._hold(chain)
         views: list[memoryview] = []
         buffers = 0
-        for chain, _ in islice(held, self._expected):
-            if len(views) + len(chain.writable_ranges) > _MOST_VIEWS:
+        for _, _, parts in islice(held, self._expected):
+            if len(views) + len(parts) > _MOST_VIEWS:
                 break
-            views += chain.writable
+            views += parts
             buffers += 1
         if self._missing:
             views = vectors.advance(views, self._missing)
@@ -275,26 +272,28 @@ class _Receiver:
         """Takes a buffer that the driver made available."""
         if chain.readable_ranges:
             raise DeviceProtocolError("5.1.6.3", "a device-readable buffer in receiveq")
-        room = sum(map(_length, chain.writable_ranges))
+        views = chain.writable
+        room = len(views[0]) if len(views) == 1 else vectors.total(views)
         if room < self._header_size:
             raise DeviceProtocolError("5.1.6.3.1", f"a receive buffer of {room} bytes, with no room for a header")
-        self._held.append((chain, room))
+        self._held.append((chain, room, views))
         self._is_short = False
 
-    def _buffers(self) -> Iterator[tuple[Chain, int]]:
-        """Buffers for one frame: those that are held, then others as the driver makes them available.
+    def _further_buffers(self, index: int) -> Iterator[tuple[Chain, int]]:
+        """Buffers for the rest of a frame: those held from ``index`` on, then others as the driver makes them available.
 
         No more than a queue has: the driver cannot do its work before it got one back.
         """
         held = self._held
-        for index in range(self._queue.size if self._mergeable else 1):
+        while index < (self._queue.size if self._mergeable else 1):
             if index == len(held):
                 chain = self._queue.pop() or (None if self._is_short else self._queue.wait_for(_SHORTAGE))
                 if chain is None:
                     self._is_short = True
                     return
                 self._hold(chain)
-            yield held[index]
+            yield held[index][:2]
+            index += 1
 
     # ---- Frames ----
 
@@ -306,17 +305,14 @@ class _Receiver:
         """
         parts: list[tuple[Chain, int]] = []
         left = length
-        spill = self._spill
-        for chain, room in self._buffers():
-            part = min(room, left)
-            if len(parts) >= filled:
-                _fill(chain, spill[:part])
-                spill = spill[part:]
-            parts.append((chain, part))
-            left -= part
-            if not left:
+        for chain, room, _ in islice(self._held, filled):
+            if left <= room:
+                parts.append((chain, left))
+                left = 0
                 break
-        else:
+            parts.append((chain, room))
+            left -= room
+        if left and not self._unspill(left, parts):
             self._lose("room", f"a packet of {length} bytes is lost: the guest's receive buffers do not hold it")
             return False
         self._finish_header(parts[0][0], len(parts))
@@ -324,6 +320,19 @@ class _Receiver:
         del self._held[: len(parts)]
         self._expected = max(len(parts), self._expected - 1)
         return True
+
+    def _unspill(self, left: int, parts: list[tuple[Chain, int]]) -> bool:
+        """Copies ``left`` bytes of the spill into further buffers, and adds these; False: there are not enough."""
+        spill = self._spill
+        for chain, room in self._further_buffers(len(parts)):
+            part = min(room, left)
+            _fill(chain, spill[:part])
+            spill = spill[part:]
+            parts.append((chain, part))
+            left -= part
+            if not left:
+                return True
+        return False
 
     def _lose(self, kind: str, reason: str) -> None:
         """A frame is lost. Those before it must not wait until the wire, perhaps full of such, has nothing more."""

@@ -246,7 +246,10 @@ class Queue:
     def _complete(self, chain: Chain, written: int) -> None:
         self._completed.append(chain.head | min(written, 0xFFFFFFFF) << 32)
         if self._watch is not None:
-            if written >= sum(map(_length, chain.writable_ranges)):
+            if len(chain.writable_ranges) == 1:
+                offset, length = chain.writable_ranges[0]
+                self._written.append((offset, min(length, written)))
+            elif written >= sum(map(_length, chain.writable_ranges)):
                 self._written += chain.writable_ranges
             else:
                 self._written += _first_bytes(chain.writable_ranges, written)
@@ -335,6 +338,8 @@ class Queue:
         locate = self._memory.offset
         table, entries, indirect = self._descriptors, size, False
         address, length, flags, following = _read_descriptor(view, table + 16 * head)
+        if flags == DESC_F_WRITE:  # nearly all that a receiving queue gets
+            return Chain(view, head, [], [(locate(address, length), length)])
         if flags == DESC_F_INDIRECT and (chain := self._straight_chain(head, address, length)):
             return chain
         readable: list[tuple[int, int]] = []
