@@ -280,7 +280,7 @@ class _Receiver:
         self._is_short = False
 
     def _further_buffers(self, index: int) -> Iterator[tuple[Chain, int]]:
-        """Buffers for the rest of a frame: those held from ``index`` on, then others as the driver makes them available.
+        """Buffers for the rest of a frame: what is held from ``index`` on, then others as the driver offers them.
 
         No more than a queue has: the driver cannot do its work before it got one back.
         """
