@@ -1,49 +1,30 @@
 """The embedded CPU as an Engine: one thread inside Unicorn, which calls the platform and sleeps in HLT.
 
-The library executes translated blocks without looking up. Whoever wants its attention (an interrupt, a job) sets
-CPU_INTERRUPT_HARD and then ends the chain of blocks; between two blocks the library calls ``exec_interrupt``
-(native.S), which runs jobs, asks the platform for a vector, and delivers it. There is no polling, and ``uc_emu_stop``
-is used only to leave for good.
-
-The library clears the end-of-chain flag and then reads the request, with no fence between: its read may overtake its
-own store, and a kick that falls in between is lost. So :meth:`settle`, a moment later, looks whether the request was
-taken. If not, it drains the CPU's stores by ``membarrier`` and raises the flag once more: now it cannot be lost.
-
-A callback into Python must not be left by an exception (there is C below it): the exception is kept, the library told
-to stop, and :meth:`run` raises it.
+How it is run, kicked and put to sleep is ``core.py``'s; here is what a 64-bit machine has around its CPU: ports, device
+memory, CPUID and MSRs, all of them the platform's, and how its first instruction finds it.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-from collections import deque
-from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
 from lguest_mp.codemap import CodeMap
 from lguest_mp.cpu.engine import Engine, EntryState, GuestFault, GuestHalted, Platform
 from lguest_mp.cpu.unicorn import library as uc_library
+from lguest_mp.cpu.unicorn.core import CPU_INTERRUPT_HARD, TRANSLATION_BYTES, UnicornCore
 from lguest_mp.cpu.unicorn.internals import Internals
 from lguest_mp.cpu.unicorn.library import MmioRead, MmioWrite
 from lguest_mp.memory import HIGH_RAM_BASE, GuestMemory
 
-#: Bytes of translated code that are kept; when they are full, all is dropped and translated anew.
-TRANSLATION_BYTES = 256 << 20
 #: The CPU model has 40 bits of physical address; what is not RAM below that goes to the platform.
 PHYSICAL_LIMIT = 1 << 40
 
-_CPU_INTERRUPT_HARD = 2
 _IF = 1 << 9
 _RAX, _RCX, _RDX, _RBX = 0, 1, 2, 3
 
-_SYS_MEMBARRIER = 324
-_MEMBARRIER_CMD_PRIVATE_EXPEDITED = 1 << 3
-_MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED = 1 << 4
-
 _Take = ctypes.CFUNCTYPE(ctypes.c_int)
-_Jobs = ctypes.CFUNCTYPE(None)
 _In = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32)
 _Out = ctypes.CFUNCTYPE(None, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32)
 _Cpuid = ctypes.CFUNCTYPE(None, ctypes.c_uint32, ctypes.c_uint32)
@@ -51,34 +32,16 @@ _Rdmsr = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint32)
 _Wrmsr = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint32, ctypes.c_uint64)
 
 
-class UnicornEngine(Engine):
+class UnicornEngine(UnicornCore, Engine):
     """One virtual CPU (an AMD EPYC without what Unicorn lacks: AVX, nested paging's host side, a second core)."""
 
     def __init__(self, memory: GuestMemory, platform: Platform, code_map: CodeMap) -> None:
         self._platform = platform
-        self._internals = Internals(uc_library.UC_CPU_X86_EPYC, TRANSLATION_BYTES)
-        self._library = self._internals.library
-        self._failure: BaseException | None = None
-        self._jobs: deque[Callable[[], None]] = deque()
-        self._sleeping = False
-        self._is_settled = True
-        self._thread = 0
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
-        self._syscall = ctypes.CDLL(None, use_errno=True).syscall
-        self._fence(_MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED)
-        self._callbacks: list[Any] = []  # ctypes must be kept from collecting them
-        self._connect_code_map(memory, code_map)
+        super().__init__(Internals(uc_library.UC_CPU_X86_EPYC, TRANSLATION_BYTES), memory, code_map)
         self._connect_callbacks()
         self._map(memory)
 
     # --- making ---
-
-    def _connect_code_map(self, memory: GuestMemory, code_map: CodeMap) -> None:
-        # The library numbers RAM in the order of mapping, without holes: its "ram address" is our offset.
-        slot = self._internals.native.slot
-        slot("ram").value = memory.address
-        slot("code_map").value = ctypes.addressof(ctypes.c_char.from_buffer(code_map.marks))
-        slot("code_pages").value = code_map.pages
 
     def _connect_callbacks(self) -> None:
         platform, internals, fail = self._platform, self._internals, self._fail
@@ -94,17 +57,11 @@ class UnicornEngine(Engine):
                     return -1
                 # A job that came since the library looked for one left its mark before ours was cleared.
                 if platform.interrupt_pending() or self._jobs:
-                    request.value = _CPU_INTERRUPT_HARD
+                    request.value = CPU_INTERRUPT_HARD
             except BaseException as error:
                 fail(error)
                 return -1
             return vector
-
-        def jobs() -> None:
-            try:
-                self._run_jobs()
-            except BaseException as error:
-                fail(error)
 
         def port_in(port: int, size: int) -> int:
             try:
@@ -146,18 +103,13 @@ class UnicornEngine(Engine):
 
         for name, prototype, function in (
             ("python_take", _Take, take),
-            ("python_jobs", _Jobs, jobs),
             ("python_in", _In, port_in),
             ("python_out", _Out, port_out),
             ("python_cpuid", _Cpuid, cpuid),
             ("python_rdmsr", _Rdmsr, rdmsr),
             ("python_wrmsr", _Wrmsr, wrmsr),
         ):
-            callback = prototype(function)
-            self._callbacks.append(callback)
-            address = ctypes.cast(callback, ctypes.c_void_p).value
-            assert address is not None
-            internals.native.slot(name).value = address
+            self._connect(name, prototype, function)
 
     def _map(self, memory: GuestMemory) -> None:
         dll, uc = self._library.dll, self._internals.uc
@@ -215,11 +167,6 @@ class UnicornEngine(Engine):
         write(uc_library.UC_X86_REG_RFLAGS, 2)
         write(uc_library.UC_X86_REG_RIP, state.rip)
 
-    def close(self) -> None:
-        """Gives everything back that the CPU holds."""
-        self._internals.close()
-        os.close(self._wake)
-
     # --- running ---
 
     def run(self) -> None:
@@ -237,71 +184,13 @@ class UnicornEngine(Engine):
                 raise GuestFault(f"triple fault at RIP {internals.rip.value:#x}")
             if not internals.eflags.value & _IF:
                 raise GuestHalted
-            self._sleep()
+            self._sleep_in_hlt()
             if self._failure is not None:
                 raise self._failure
 
-    def _sleep(self) -> None:
-        # kick() and call() look at _sleeping after they have left their mark, so a mark that is not seen here
-        # makes them write the eventfd.
-        self._sleeping = True
-        pending, idle = self._platform.interrupt_pending, self._platform.idle
+    def _sleep_in_hlt(self) -> None:
         try:
-            while True:
-                if self._jobs:
-                    self._run_jobs()
-                if pending():
-                    break
-                idle(self._wake)
+            self._sleep(self._platform.interrupt_pending, self._platform.idle)
         except BaseException as error:
             self._failure = error
-        finally:
-            self._sleeping = False
-        self._internals.interrupt_request.value = _CPU_INTERRUPT_HARD
-
-    def kick(self) -> None:
-        """Has the CPU look for interrupts; see Engine."""
-        if self._sleeping:
-            if get_ident() != self._thread:  # which looks of its own accord when it is done
-                os.eventfd_write(self._wake, 1)
-            return
-        internals = self._internals
-        internals.interrupt_request.value = _CPU_INTERRUPT_HARD
-        internals.exit_chain.value = 0xFFFF
-        self._is_settled = False
-
-    def settle(self) -> None:
-        """Kicks once more if the CPU may have missed it; see Engine.
-
-        Nearly always it has looked by now, and the fence, which interrupts its processor, is spared.
-        """
-        if self._is_settled:
-            return
-        self._is_settled = True
-        internals = self._internals
-        if internals.interrupt_request.value:
-            self._fence(_MEMBARRIER_CMD_PRIVATE_EXPEDITED)
-            internals.exit_chain.value = 0xFFFF
-
-    def call(self, job: Callable[[], None]) -> None:
-        """Runs a job on the CPU's thread; see Engine."""
-        self._jobs.append(job)
-        self._internals.jobs_wanted.value = 1
-        self.kick()
-
-    def _run_jobs(self) -> None:
-        self._internals.jobs_wanted.value = 0
-        while self._jobs:
-            self._jobs.popleft()()
-
-    def forget_code(self, first_page: int, last_page: int) -> None:
-        """Drops the translations of pages of RAM; see Engine."""
-        self._internals.forget_code(first_page, last_page)
-
-    def _fail(self, error: BaseException) -> None:
-        if self._failure is None:
-            self._failure = error
-        self._library.dll.uc_emu_stop(self._internals.uc)
-
-    def _fence(self, command: int) -> None:
-        self._syscall(_SYS_MEMBARRIER, command, 0, 0)
+        self._internals.interrupt_request.value = CPU_INTERRUPT_HARD

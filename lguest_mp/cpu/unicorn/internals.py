@@ -16,6 +16,12 @@ speed and then corrupts itself. Each defect and its repair:
 4. *IN and OUT have no privilege check*, CPUID and the MSRs have no way to ask the platform. Their helpers are replaced.
 5. *The guest's fences vanish in translation*, since there is one CPU; but its devices are other processes. Those who
    translate fences and locked instructions are replaced by ones that fence.
+6. *Anybody may return to virtual-8086 mode*, with an I/O privilege level of his choice. IRET is replaced by one that
+   looks first.
+
+Some guests have a host above them who sees their exceptions before they do (``cpu/softhost``). For these the CPU is made
+with ``traps``: exceptions come to Python, but for the vectors that may go straight through the IDT; what a guest's page
+tables lead to outside of its memory becomes a page fault; and interrupts can be held back by a word of its memory.
 
 How a function is replaced: the library is position-independent and calls its own exported functions through slots of
 pointers (GOT, and tables of helpers), bound when it is loaded. Every slot in its writable or relocated data that holds
@@ -33,6 +39,7 @@ import functools
 import itertools
 import mmap
 from dataclasses import dataclass
+from typing import Any
 
 from lguest_mp.cpu.unicorn import library as uc_library
 from lguest_mp.cpu.unicorn.library import UnicornLibrary
@@ -86,6 +93,7 @@ _REPLACED = {
     "tb_invalidate_phys_page_fast_x86_64": "page_written",
     "tlb_set_dirty_x86_64": "set_dirty",
     "tlb_reset_dirty_by_vaddr_x86_64": "nothing",
+    "helper_iret_protected_x86_64": "iret",
     "x86_cpu_tlb_fill_x86_64": "fill",
     "tlb_set_page_with_attrs_x86_64": "set_page",
     "tcg_gen_mb_x86_64": "mb",
@@ -130,6 +138,9 @@ _CALLED = {
     "original_and_fetch": "tcg_gen_atomic_and_fetch_i64_x86_64",
     "original_or_fetch": "tcg_gen_atomic_or_fetch_i64_x86_64",
     "original_xor_fetch": "tcg_gen_atomic_xor_fetch_i64_x86_64",
+    "raise_error": "raise_exception_err_ra_x86_64",
+    "load_data": "cpu_ldl_data_ra_x86_64",
+    "original_iret": "helper_iret_protected_x86_64",
 }
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -160,6 +171,10 @@ class NativeCode:
     def slot(self, name: str) -> ctypes.c_uint64:
         """An entry of the table, to read and write."""
         return ctypes.c_uint64.from_address(self.address + _PAGE + SLOTS[name])
+
+    def slots(self, name: str, count: int) -> ctypes.Array[ctypes.c_uint64]:
+        """Several entries of the table that belong together."""
+        return (ctypes.c_uint64 * count).from_address(self.address + _PAGE + SLOTS[name])
 
 
 @dataclass(frozen=True)
@@ -236,7 +251,8 @@ def repaired_library() -> tuple[UnicornLibrary, NativeCode]:
 class Internals:
     """One CPU of the library, opened and repaired; one at a time in a process."""
 
-    def __init__(self, model: int, translation_bytes: int) -> None:
+    def __init__(self, model: int, translation_bytes: int, *, traps: bool = False) -> None:
+        """With ``traps`` the exceptions go to ``python_trap`` (native.S), and not through the guest's IDT."""
         self._library, self.native = repaired_library()
         library = self._library
         if self.native.slot("cpu_state").value:
@@ -267,8 +283,9 @@ class Internals:
         self.jobs_wanted = ctypes.c_uint32.from_address(self.native.address + _PAGE + SLOTS["jobs_wanted"])
         self.msr_value = self.native.slot("value")
         self._suppress_exit_checks()
-        self._add_hook(uc_library.UC_HOOK_INTR, "on_interrupt")
-        self._add_hook(uc_library.UC_HOOK_INSN_INVALID, "on_invalid")
+        self._add_hook(uc_library.UC_HOOK_INTR, "on_trap" if traps else "on_interrupt")
+        self._add_hook(uc_library.UC_HOOK_INSN_INVALID, "on_invalid_trap" if traps else "on_invalid")
+        self._reset_table()
         invalidate = library.dll.tb_invalidate_phys_range_x86_64
         invalidate.argtypes = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64)
         invalidate.restype = None
@@ -278,6 +295,16 @@ class Internals:
     def library(self) -> UnicornLibrary:
         """The library that this CPU is of."""
         return self._library
+
+    @property
+    def state_address(self) -> int:
+        """Where struct CPUState lies."""
+        return self._cs
+
+    @property
+    def env_address(self) -> int:
+        """Where struct CPUX86State lies."""
+        return self._env
 
     def close(self) -> None:
         """Gives the CPU back; nothing of this object may be used afterwards."""
@@ -313,6 +340,16 @@ class Internals:
                 self.write_msr(index, 0)
         self._write_register(uc_library.UC_X86_REG_RFLAGS, 2)
 
+    def _reset_table(self) -> None:
+        """What a CPU before this one may have left in the table."""
+        slot = self.native.slot
+        #: Is never 0, so what lies there says that interrupts are wanted.
+        self.open_gate = self.native.address + _PAGE + SLOTS["gate"]
+        slot("gate").value = self.open_gate
+        slot("physical_limit").value = (1 << 64) - 1
+        for name in ("delivering", "beyond", "jobs_wanted"):
+            slot(name).value = 0
+
     def _epilogue(self) -> int:
         # helper_lookup_tb_ptr ends with it: mov 0x300(%r12), %rax … mov 0x98(%rax), %rax.
         code = ctypes.string_at(self._library.address("helper_lookup_tb_ptr_x86_64"), 0xE0)
@@ -344,6 +381,10 @@ class Internals:
     def _write_register(self, register: int, value: int) -> None:
         error = self._library.dll.uc_reg_write(self.uc, register, ctypes.byref(ctypes.c_uint64(value)))
         self._library.check(error, f"uc_reg_write {register}")
+
+    def function(self, name: str, result: Any, *arguments: Any) -> Any:
+        """A function of the library's CPU that is short and calls nobody back: the interpreter's lock is kept."""
+        return ctypes.PYFUNCTYPE(result, *arguments)(self._library.address(f"{name}_x86_64"))
 
     def write_register(self, register: int, value: int) -> None:
         """Sets a register by its UC_X86_REG number, with all that follows from it."""

@@ -17,6 +17,7 @@
         .set ENV_RAX, 0*8
         .set ENV_RCX, 1*8
         .set ENV_RDX, 2*8
+        .set ENV_RSP, 4*8
         .set ENV_R11, 11*8
         .set ENV_EIP, 0x80
         .set ENV_EFLAGS, 0x88
@@ -31,6 +32,8 @@
         .set ENV_LSTAR, 0x12e8
         .set ENV_CSTAR, 0x12f0
         .set ENV_FMASK, 0x12f8
+        .set ENV_CR2, 0x1b8
+        .set ENV_OLD_EXCEPTION, 0x1578
         /* SegmentCache */
         .set SELECTOR, 0
         .set BASE, 8
@@ -50,13 +53,20 @@
         .set HF_CS64, 1 << 15
         .set IF_MASK, 1 << 9
         .set RF_MASK, 1 << 16
+        .set VM_MASK, 1 << 17
         .set DF_MASK, 1 << 10
         .set CC_MASK, 0x8d5
         .set EXCP06_ILLOP, 6
+        .set EXCP0D_GPF, 13
+        .set EXCP0E_PAGE, 14
+        .set ERROR_WRITE, 2
+        .set ERROR_USER, 4
 
         .set INDEX_OP_MB, 4
         .set MO_ALL_BAR_SC, 0x3f        /* TCG_MO_ALL | TCG_BAR_SC */
+        .set MMU_DATA_STORE, 1
         .set MMU_INST_FETCH, 2
+        .set MMU_USER_IDX, 1
         .set PAGE_WRITE, 2
         .set PAGE_EXEC, 4
         .set PAGE_SHIFT, 12
@@ -80,7 +90,7 @@
         slot tlb_reset_dirty, 11        /* tlb_reset_dirty(cs, host_address, length) */
         slot invalidate_fast, 12        /* tb_invalidate_phys_page_fast(uc, pages, start, len, retaddr) */
         slot original_set_dirty, 13     /* tlb_set_dirty(cs, vaddr) */
-        slot python_take, 14            /* int take(void): a vector, or -1 */
+        slot python_take, 14            /* int take(void): a vector, -1: none, -2: it has been delivered */
         slot python_jobs, 15            /* void jobs(void) */
         slot python_in, 16              /* uint64 in(port, size) */
         slot python_out, 17             /* void out(port, size, value) */
@@ -111,6 +121,19 @@
         slot original_and_fetch, 42
         slot original_or_fetch, 43
         slot original_xor_fetch, 44
+        slot gate, 45                   /* address of a u32: while that is 0, nobody wants to be interrupted */
+        slot python_trap, 46            /* void trap(vector): delivers an exception or INT n */
+        slot direct, 47                 /* 256 bits (4 entries): vectors that go through the guest's IDT all the same */
+        slot delivering, 51             /* that vector + 1 while it does, or 0 */
+        slot trap_flags, 52             /* EFLAGS when python_trap is called */
+        slot physical_limit, 53         /* nothing behind it is mapped, whatever the guest's page tables say … */
+        slot reserved, 54               /* … except at and above this virtual address */
+        slot beyond, 55                 /* the physical address of an access there that has become a page fault, or 0 */
+        slot fill_address, 56           /* the virtual address of the TLB miss that is being handled … */
+        slot fill_return, 57            /* … and where in translated code it happened */
+        slot raise_error, 58            /* raise_exception_err_ra(env, vector, error, host_pc) */
+        slot load_data, 59              /* cpu_ldl_data_ra(env, vaddr, host_pc) */
+        slot original_iret, 60          /* helper_iret_protected(env, shift, next_eip) */
 
 start:
 
@@ -126,6 +149,45 @@ on_invalid:
         sub     rsp, 8
         mov     rdi, rsi
         call    [rip + do_interrupt]
+        mov     eax, 1
+        add     rsp, 8
+        ret
+
+/* void on_trap(uc, intno, cs): UC_HOOK_INTR of a CPU whose exceptions are seen first by its host. What goes through the
+   IDT may fault on its way, and leave by longjmp: then `delivering` says so to whoever handles that fault. A fault that
+   Python has handled is over; the library would make the next one a double fault. */
+        .globl on_trap
+on_trap:
+        sub     rsp, 24
+        movzx   eax, sil
+        mov     [rsp], eax
+        bt      dword ptr [rip + direct], eax
+        jc      1f
+        mov     rdi, [rip + cpu_env]
+        call    [rip + read_eflags]
+        mov     eax, eax
+        mov     [rip + trap_flags], rax
+        mov     edi, [rsp]
+        call    [rip + python_trap]
+        mov     rax, [rip + cpu_env]
+        mov     dword ptr [rax + ENV_OLD_EXCEPTION], -1
+        add     rsp, 24
+        ret
+1:      inc     eax
+        mov     [rip + delivering], rax
+        mov     rdi, rdx
+        call    [rip + do_interrupt]
+        mov     qword ptr [rip + delivering], 0
+        add     rsp, 24
+        ret
+
+/* bool on_invalid_trap(uc, cs): UC_HOOK_INSN_INVALID of such a CPU. */
+        .globl on_invalid_trap
+on_invalid_trap:
+        sub     rsp, 8
+        mov     rdx, rsi
+        mov     esi, EXCP06_ILLOP
+        call    on_trap
         mov     eax, 1
         add     rsp, 8
         ret
@@ -146,14 +208,18 @@ exec_interrupt:
         jz      2f
         test    dword ptr [rdi + ENV_HFLAGS], HF_INHIBIT_IRQ
         jnz     2f
+        mov     rax, [rip + gate]
+        cmp     dword ptr [rax], 0
+        je      2f
         call    [rip + python_take]
-        test    eax, eax
-        js      2f
+        cmp     eax, -1
+        je      2f
+        mov     ebx, 1
+        jl      2f
         mov     rdi, [rip + cpu_env]
         mov     esi, eax
         mov     edx, 1
         call    [rip + do_hardirq]
-        mov     ebx, 1
 2:      mov     eax, ebx
         pop     rbx
         ret
@@ -168,6 +234,9 @@ lookup:
 2:      jmp     [rip + original_lookup]
 1:      test    dword ptr [rdi + ENV_EFLAGS], IF_MASK
         jz      2b
+        mov     rax, [rip + gate]
+        cmp     dword ptr [rax], 0
+        je      2b
         mov     rax, [rip + epilogue]
         ret
 
@@ -371,19 +440,77 @@ set_dirty:
         .globl fill
 fill:
         mov     [rip + access], ecx
+        mov     [rip + fill_address], rsi
+        mov     rax, [rsp + 8]
+        mov     [rip + fill_return], rax
         jmp     [rip + original_fill]
 
 /* void set_page(cs, vaddr, paddr, attrs, prot, …), in place of tlb_set_page_with_attrs. The library keeps all stores
    to a page slow while its TLB entry can execute, whether there is code or not; and a kernel that boots maps its data
-   executable: 22 million slow stores. So an entry made for data can only execute if it cannot store. */
+   executable: 22 million slow stores. So an entry made for data can only execute if it cannot store.
+   A host whose guest keeps its own page tables cannot trust them: what they lead to beyond the guest's memory becomes a
+   page fault here, where every translation has to pass. */
         .globl set_page
 set_page:
-        cmp     dword ptr [rip + access], MMU_INST_FETCH
+        cmp     rdx, [rip + physical_limit]
+        jae     2f
+3:      cmp     dword ptr [rip + access], MMU_INST_FETCH
         je      1f
         test    r8d, PAGE_WRITE
         jz      1f
         and     r8d, ~PAGE_EXEC
 1:      jmp     [rip + original_set_page]
+2:      mov     rax, [rip + fill_address]
+        cmp     eax, [rip + reserved]
+        jae     3b
+        sub     rsp, 8                          /* does not return */
+        mov     rdi, [rip + cpu_env]
+        mov     [rdi + ENV_CR2], rax
+        and     eax, (1 << PAGE_SHIFT) - 1
+        add     rdx, rax
+        mov     [rip + beyond], rdx
+        xor     edx, edx
+        cmp     dword ptr [rip + access], MMU_DATA_STORE
+        jne     4f
+        or      edx, ERROR_WRITE
+4:      cmp     r9d, MMU_USER_IDX
+        jne     5f
+        or      edx, ERROR_USER
+5:      mov     esi, EXCP0E_PAGE
+        mov     rcx, [rip + fill_return]
+        call    [rip + raise_error]
+
+/* void iret(env, shift, next_eip), in place of helper_iret_protected: the library lets anybody return to virtual-8086
+   mode, with the I/O privilege level of his choice. To do so takes level 0; others get a #GP. */
+        .globl iret
+iret:
+        test    dword ptr [rdi + ENV_HFLAGS], HF_CPL
+        jz      4f
+        cmp     esi, 1
+        jne     4f
+        push    rdi
+        push    rsi
+        push    rdx
+        mov     rsi, [rdi + ENV_RSP]
+        test    dword ptr [rdi + ENV_HFLAGS], HF_CS64
+        jnz     3f
+        test    dword ptr [rdi + ENV_HFLAGS], HF_SS32
+        jnz     2f
+        movzx   esi, si
+2:      add     esi, [rdi + ENV_SEG_SS + BASE]
+3:      add     rsi, 8
+        mov     rdx, [rsp + 24]
+        call    [rip + load_data]
+        pop     rdx
+        pop     rsi
+        pop     rdi
+        test    eax, VM_MASK
+        jnz     5f
+4:      jmp     [rip + original_iret]
+5:      mov     esi, EXCP0D_GPF
+        xor     edx, edx
+        mov     rcx, [rsp]
+        jmp     [rip + raise_error]             /* does not return */
 
 /* void mb(tcg_ctx, type), in place of tcg_gen_mb; and, in place of tcg_gen_atomic_…, the same with a fence behind. For a
    single virtual CPU the library translates MFENCE to nothing and locked instructions to plain ones. But a guest's
