@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import signal
 import socket
 
 import pytest
-from netguest import STORED, assert_stored, fetch, give
+from netguest import STORED, assert_stored, fetch, give, ping, wait_for_carrier
 
 from guestkit import traffic
 from guestkit.disk import MIB
@@ -101,3 +102,23 @@ def test_nothing_is_left_of_it_when_the_launcher_is_killed(launch: Launch, with_
     guest.signal(signal.SIGKILL)
     guest.wait()
     guest.wait_until_gone(1.0)
+
+
+def test_a_guest_outlives_its_network(launch: Launch, with_slirp: dict[str, str]) -> None:
+    guest = launch("--net=user", variables=with_slirp)
+    guest.boot()
+    get_address(guest)
+    ping(guest, GATEWAY)
+    os.kill(guest.members()["net0/slirp4netns"], signal.SIGKILL)
+    wait_for_carrier(guest, up=False)
+    assert guest.run(f"ping -c 2 -W 1 {GATEWAY} >/dev/null || echo still here") == "still here\n"
+    assert [line for line in guest.output.splitlines() if line.startswith("lguest: net0/slirp4netns")]
+    guest.power_off()
+
+
+def test_without_the_program_one_line_says_what_to_install(launch: Launch) -> None:
+    guest = launch("--net=user", variables={"PATH": "/nonexistent"})
+    assert guest.wait() == 1
+    (line,) = guest.output.splitlines()
+    assert "apt" in line
+    assert "slirp4netns" in line

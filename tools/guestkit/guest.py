@@ -89,8 +89,11 @@ class Guest(Session):
         self.wait_until_gone(1.0)
 
     def members(self) -> dict[str, int]:
-        """Who serves what: ``cpu``, ``block0/requestq``, ... and the process ID of each; the supervisor is ``""``."""
-        pattern = re.compile(re.escape(f"lguest[{self.name}]") + r"(?: (.*))?")
+        """Who serves what: ``cpu``, ``block0/requestq``, ... and the process ID of each; the supervisor is ``""``.
+
+        Helpers (``net0/slirp4netns``) are among them, without their arguments.
+        """
+        pattern = re.compile(re.escape(f"lguest[{self.name}]") + r"(?: (\S+).*)?")
         found = {}
         for pid, title in self.processes().items():
             if match := pattern.fullmatch(title):
