@@ -20,6 +20,13 @@ of what the terminal sends.
 
 **It must not wait for us** when it has something to say. What it says while it starts is for our error messages, and
 goes to a pipe that refuses what it has no room for. Later nobody reads there, and it does not mind.
+
+**Who may do what.** The program takes apart whatever a guest sends, and it is C. libslirp 4.7.0 is known to crash on
+IPv4 fragments, so it gets none (``fragments.py``), and what was looked at is what it gets: a copy, since the guest may
+change its memory meanwhile. A guest that has broken into the program nevertheless can do what seccomp leaves of its
+user's rights: execute nothing, trace and mount nothing, but connect to whatever that user can, and read and write all
+of that user's files, outside of ``--chroot`` too. Only root's program (no ``--username``) has given up root's
+capabilities as well and sees just /etc and /run, read-only.
 """
 
 from __future__ import annotations
@@ -38,8 +45,10 @@ from typing import TYPE_CHECKING
 
 from lguest_mp import jail, prctl, runtime
 from lguest_mp.errors import LguestError
+from lguest_mp.network import fragments
 from lguest_mp.network.wire import Wire, WireGone
 from lguest_mp.supervisor import children
+from lguest_mp.virtio import vectors
 
 if TYPE_CHECKING:
     from lguest_mp.config import Forward, UserConfig
@@ -115,6 +124,7 @@ class UserNetwork(Wire):
         self._program = _find_program()
         self._is_protected = True
         self._helper: Child | None = None
+        self._fragments = fragments.Fragments()
         self._start()
 
     @property
@@ -355,22 +365,33 @@ class UserNetwork(Wire):
         return not self._poll(0, 0)
 
     def write(self, views: Sequence[memoryview]) -> None:
-        """Puts one frame on the wire. EMSGSIZE: it is longer than the MTU; ENOBUFS: there was no room for too long."""
-        length = sum(view.nbytes for view in views)
+        """Puts one frame on the wire; an IPv4 packet that comes in fragments when its last one has come.
+
+        EMSGSIZE: it is longer than the MTU; EINVAL: a fragment without those before it; ENOBUFS: there was no room for
+        too long.
+        """
+        length = vectors.total(views)
         if length > self.mtu + _ETHERNET:
             raise OSError(errno.EMSGSIZE, f"a frame of {length} bytes with an MTU of {self.mtu}")
+        beginning = _copy(views, fragments.LOOKED_AT)
+        pieces: list[bytes | memoryview] = [beginning, *vectors.advance(views, len(beginning))]
+        if fragments.is_fragment(beginning):
+            whole = self._fragments.add(b"".join(pieces))
+            if whole is None:
+                return
+            pieces = [whole]
         try:
-            os.writev(self._fd, views)
+            os.writev(self._fd, pieces)
         except BlockingIOError:
-            self._write_late(views)
+            self._write_late(pieces)
         except (BrokenPipeError, ConnectionResetError):
             raise WireGone(f"{PROGRAM} is gone") from None
 
-    def _write_late(self, views: Sequence[memoryview]) -> None:
+    def _write_late(self, pieces: list[bytes | memoryview]) -> None:
         if not self._poll(select.POLLOUT, WRITE_PATIENCE):
             raise OSError(errno.ENOBUFS, f"{PROGRAM} takes no frames")
         try:
-            os.writev(self._fd, views)
+            os.writev(self._fd, pieces)
         except (BrokenPipeError, ConnectionResetError):
             raise WireGone(f"{PROGRAM} is gone") from None
 
@@ -407,6 +428,16 @@ class _Place:
                     os.unlink(name, dir_fd=self.fd)
             self._path.rmdir()
         os.close(self.fd)
+
+
+def _copy(views: Sequence[memoryview], length: int) -> bytes:
+    """The first ``length`` bytes that are in ``views``, or all of them."""
+    beginning = b""
+    for view in views:
+        beginning += view[: length - len(beginning)]
+        if len(beginning) == length:
+            break
+    return beginning
 
 
 def _option(forward: Forward) -> str:
