@@ -82,7 +82,7 @@ _SOCKADDR = struct.Struct("=HH4s")  # struct sockaddr_in: family, port, address
 
 #: How the kernel is told to find a free name.
 _ANY_NAME = "tap%d"
-#: How long, in seconds, a frame waits for the host to take it.
+#: How long, in seconds, a frame waits for the host to take it, unless the last one did in vain.
 WRITE_PATIENCE = 1.0
 
 # What a driver can accept of what a header says (virtio 1.2, 5.1.3); numbers, since workers touch no enumeration.
@@ -125,6 +125,8 @@ class Tap(Wire):
             self._description += f", {config.address}"
         #: What was last told of the link; None: nothing yet.
         self._up: bool | None = None
+        #: Whether the host took nothing for too long, and nothing since.
+        self._is_stuck = False
         self._poller = select.poll()
         self._poller.register(self._file, select.POLLIN)
         self._poller.register(self._watch, select.POLLIN)
@@ -184,7 +186,7 @@ class Tap(Wire):
         return self._up
 
     def write(self, views: Sequence[memoryview]) -> None:
-        """See :meth:`Wire.write`. Waits up to WRITE_PATIENCE while the host has no room for more."""
+        """See :meth:`Wire.write`. Waits up to WRITE_PATIENCE while the host has no room for more, once."""
         deadline = None
         while True:
             try:
@@ -194,11 +196,13 @@ class Tap(Wire):
                 deadline = deadline or now + WRITE_PATIENCE
                 poller = select.poll()
                 poller.register(self._file, select.POLLOUT)
-                if now >= deadline or not poller.poll((deadline - now) * 1000):
+                if self._is_stuck or now >= deadline or not poller.poll((deadline - now) * 1000):
+                    self._is_stuck = True
                     raise TimeoutError(errno.ETIMEDOUT, "the host does not take them") from error
             except OSError as error:
                 self._fail(error)
             else:
+                self._is_stuck = False
                 return
 
     def close(self) -> None:

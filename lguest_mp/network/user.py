@@ -65,8 +65,8 @@ _ETHERNET = 14 + 4
 
 #: How long (seconds) the program may take to start, and then to answer.
 START_PATIENCE = 10.0
-#: How long (seconds) a frame waits for room. The program takes frames within microseconds, unless it is stopped or
-#: waits itself, for a guest that takes none of its own; a cable would not wait at all.
+#: How long (seconds) a frame waits for room, unless the last one did in vain. The program takes frames within
+#: microseconds, unless it is stopped or waits itself, for a guest that takes none of its own; a cable would not wait.
 WRITE_PATIENCE = 0.5
 #: How long (seconds) it may take to end.
 GRACE = 2.0
@@ -125,6 +125,8 @@ class UserNetwork(Wire):
         self._is_protected = True
         self._helper: Child | None = None
         self._fragments = fragments.Fragments()
+        #: Whether the program took nothing for too long, and nothing since.
+        self._is_stuck = False
         self._start()
 
     @property
@@ -381,19 +383,24 @@ class UserNetwork(Wire):
                 return
             pieces = [whole]
         try:
-            os.writev(self._fd, pieces)
-        except BlockingIOError:
-            self._write_late(pieces)
+            if not (self._write(pieces) or self._write_late(pieces)):
+                self._is_stuck = True
+                raise OSError(errno.ENOBUFS, f"{PROGRAM} takes no frames")
         except (BrokenPipeError, ConnectionResetError):
             raise WireGone(f"{PROGRAM} is gone") from None
+        self._is_stuck = False
 
-    def _write_late(self, pieces: list[bytes | memoryview]) -> None:
-        if not self._poll(select.POLLOUT, WRITE_PATIENCE):
-            raise OSError(errno.ENOBUFS, f"{PROGRAM} takes no frames")
+    def _write(self, pieces: list[bytes | memoryview]) -> bool:
+        """False if there is no room."""
         try:
             os.writev(self._fd, pieces)
-        except (BrokenPipeError, ConnectionResetError):
-            raise WireGone(f"{PROGRAM} is gone") from None
+        except BlockingIOError:
+            return False
+        return True
+
+    def _write_late(self, pieces: list[bytes | memoryview]) -> bool:
+        """The same after there was no room: waits for it once, and then no more until the program takes frames."""
+        return not self._is_stuck and self._poll(select.POLLOUT, WRITE_PATIENCE) and self._write(pieces)
 
     def _poll(self, events: int, seconds: float | None) -> bool:
         """Whether one of ``events``, or the program's end, comes within ``seconds``."""

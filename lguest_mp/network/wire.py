@@ -76,7 +76,11 @@ class Wire(ABC):
 
     @abstractmethod
     def write(self, views: Sequence[memoryview]) -> None:
-        """Puts one frame on the wire. OSError says why it was lost; WireGone."""
+        """Puts one frame on the wire. OSError says why it was lost; WireGone.
+
+        It may wait for room: for a moment (the wire's WRITE_PATIENCE, at most a second) and once. When that was in vain
+        it loses frames immediately until one can be written.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -890,6 +890,45 @@ def test_a_host_that_takes_nothing_loses_the_frame(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("ns")
+def test_a_host_that_takes_nothing_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again when it has taken something."""
+    monkeypatch.setattr(tap, "WRITE_PATIENCE", 0.01)
+    lost = [memoryview(bytes(12) + frame(b"lost"))]
+    with plugged() as wire:
+        wire.attach(0, 12)
+        for _ in range(2):
+            with monkeypatch.context() as patch:
+                refuse_writes(patch, 1 << 30)
+                set_writable(wire, is_writable=False)
+                with pytest.raises(OSError, match="the host does not take them"):
+                    wire.write(lost)
+                waits: list[float] = []
+                patch.setattr("select.poll", lambda waits=waits: NoPoll(waits))
+                with pytest.raises(OSError, match="the host does not take them"):
+                    wire.write(lost)
+                assert waits == []
+            wire.write(lost)
+            set_writable(wire, is_writable=True)
+        with monkeypatch.context() as patch:
+            refuse_writes(patch, 1)
+            wire.write(lost)  # it waits, or this fails
+
+
+class NoPoll:
+    """A poll(2) that notes how long somebody would have waited in it (ms)."""
+
+    def __init__(self, waits: list[float]) -> None:
+        self._waits = waits
+
+    def register(self, file: int, events: int) -> None:
+        pass
+
+    def poll(self, timeout: float) -> list[tuple[int, int]]:
+        self._waits.append(timeout)
+        return []
+
+
+@pytest.mark.usefixtures("ns")
 def test_a_host_that_never_keeps_its_word_loses_the_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     """It says that it takes a frame, and does not."""
     monkeypatch.setattr(tap, "WRITE_PATIENCE", 0.01)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import shutil
 import signal
 import socket
@@ -277,9 +278,59 @@ def test_frames_are_lost_while_nobody_takes_them(plug: Plug, monkeypatch: pytest
         write_many()
     assert caught.value.errno == errno.ENOBUFS
     assert network.is_up()
-    monkeypatch.setattr(user, "WRITE_PATIENCE", PATIENCE)
     program_of(network).signal(signal.SIGCONT)
+    assert network._poll(select.POLLOUT, PATIENCE)
+    monkeypatch.setattr(user, "WRITE_PATIENCE", PATIENCE)
     assert TinyGuest(network).ask_for_address()[0] == user.GUEST_ADDRESS
+
+
+def test_a_program_that_takes_nothing_is_waited_for_once(plug: Plug, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again as soon as it has taken something."""
+    network = plug()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    waits: list[float | None] = []
+
+    def poll(_events: int, seconds: float | None) -> bool:
+        waits.append(seconds)
+        return False
+
+    monkeypatch.setattr(network, "_poll", poll)
+    with ours, theirs:
+        ours.setblocking(False)
+        monkeypatch.setattr(network, "_fd", ours.fileno())
+        for count in (1, 2):
+            frames = 0
+            while len(waits) < count:
+                with suppress(OSError):
+                    network.write([QUESTION])
+                    frames += 1
+            for _ in range(10):
+                with pytest.raises(OSError, match="takes no frames"):
+                    network.write([QUESTION])
+            assert waits == [user.WRITE_PATIENCE] * count
+            for _ in range(frames):
+                theirs.recv(100)
+            network.write([QUESTION])
+            theirs.recv(100)
+
+
+def test_a_program_that_takes_a_frame_late_gets_it(plug: Plug, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is waited for every time that there is no room, since it took the frame before."""
+    network = plug()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    waits = 0
+
+    def poll(_events: int, _seconds: float | None) -> bool:
+        nonlocal waits
+        waits += 1
+        return bool(theirs.recv(100))
+
+    monkeypatch.setattr(network, "_poll", poll)
+    with ours, theirs:
+        ours.setblocking(False)
+        monkeypatch.setattr(network, "_fd", ours.fileno())
+        while waits < 2:
+            network.write([QUESTION])
 
 
 # ---- Fragments ----
