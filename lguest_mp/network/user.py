@@ -48,6 +48,7 @@ from lguest_mp.errors import LguestError
 from lguest_mp.network import fragments
 from lguest_mp.network.wire import Wire, WireGone
 from lguest_mp.supervisor import children
+from lguest_mp.supervisor.log import say
 from lguest_mp.virtio import vectors
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ GRACE = 2.0
 #: Neither mounts, nor execve(2), nor ptrace(2) and the like (--enable-seccomp, for everybody). Root's also gives up all
 #: capabilities but CAP_NET_BIND_SERVICE, and sees nothing but /etc and /run, read-only; others may not do that.
 _SECCOMP, _SANDBOX = "--enable-seccomp", "--enable-sandbox"
+#: What it says when the host does not allow that: a mount in a container, seccomp.
+_UNPROTECTED = ("enable_seccomp failed", "create_sandbox failed")
 #: What it says when all is well.
 _CHATTER = ("Waiting for connection", "sent ", "received ", "apifd event", "api_handler: got", "seccomp: WARNING")
 _LONGEST_COMPLAINT = 300
@@ -159,9 +162,10 @@ class UserNetwork(Wire):
                 self._connect()
             except _NotStarted:
                 has_ended = self._helper is None
-                if not (has_ended and self._is_protected):
+                said = self._said.decode(errors="replace")
+                if not (has_ended and self._is_protected and any(each in said for each in _UNPROTECTED)):
                     raise
-                # The host may not allow what protects it: a mount in a container, seccomp.
+                say(f"--net=user: {PROGRAM} runs without seccomp and sandbox: {self._complaint()}")
                 self.close()
                 self._is_protected = False
                 self._start()

@@ -619,13 +619,41 @@ def test_a_program_that_cannot_be_executed(start: Plug, tmp_path: Path, monkeypa
         start().connect()
 
 
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize(
+    "complaint",
+    ["cannot unshare new mount namespace\ncreate_sandbox failed\ndo_slirp is exiting", "enable_seccomp failed"],
+    ids=["sandbox", "seccomp"],
+)
 def test_where_the_host_forbids_what_protects_it_it_runs_without(
-    plug: Plug, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plug: Plug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], complaint: str
 ) -> None:
+    """The user is told, once."""
     real = shutil.which(user.PROGRAM)
-    refusal = 'case "$*" in *--enable-*) echo cannot unshare >&2; exit 1;; esac'
+    refusal = f'case "$*" in *--enable-*) echo "{complaint}" >&2; exit 1;; esac'
     fake(tmp_path, monkeypatch, refusal, f'exec {real} "$@"')
     assert TinyGuest(plug()).ask_for_address()[0] == user.GUEST_ADDRESS
+    said = complaint.replace("\n", "; ")
+    assert capfd.readouterr().err == f"lguest: --net=user: slirp4netns runs without seccomp and sandbox: {said}\n"
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "kill -KILL $$",
+        "exit 1",
+        # What it says in front of that, and when all is well.
+        "echo 'sandbox: /etc/resolv.conf (-> /a) seems a symlink to a file outside {/etc, /run}.' >&2; kill -KILL $$",
+        "echo 'seccomp: WARNING: a test' >&2; exit 1",
+    ],
+)
+def test_whatever_else_ends_it_it_keeps_its_protection(
+    start: Plug, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    real = shutil.which(user.PROGRAM)
+    fake(tmp_path, monkeypatch, f'case "$*" in *--enable-*) {end};; esac', f'exec {real} "$@"')
+    with pytest.raises(LguestError, match=r"^--net=user: slirp4netns (exited with status 1|was killed by SIGKILL)"):
+        start().connect()
 
 
 def test_a_host_without_files_to_spare(start: Plug, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
