@@ -320,7 +320,7 @@ class SoftHost(LguestHost):
         else:
             stack = pages.kernel_stack
             if stack is None:
-                raise GuestDied("bad stack segment")
+                raise GuestDied(f"bad stack segment {pages.stack_selector}")
             frame += (words[ESP], cpu.stack_selector)
             top, base = pages.stack_pointer, stack.base
         pointer = top - 4 * len(frame) & _MASK

@@ -111,9 +111,8 @@ class HostPages:
         self.directory[RESERVED_INDEX] = _RESERVED_TABLE_PHYSICAL | _TABLE
         struct.pack_into("<H", self._mapping, TSS_OFFSET + _TSS_IO_MAP, TSS_LIMIT + 1)
         self._gates: list[Gate | None] = [None] * IDT_ENTRIES
-        self._stack_selector = 0
         #: The stack on entry to the guest's kernel from user level.
-        self.stack_pointer = 0
+        self.stack_selector = self.stack_pointer = 0
         #: The guest's kernel's segments of code, and of the stack on entry; None: not usable.
         self.kernel_code: Segment | None = None
         self.kernel_stack: Segment | None = None
@@ -137,7 +136,7 @@ class HostPages:
         words = struct.unpack(f"<{2 * TLS_ENTRIES}I", descriptors)
         for entry in range(TLS_ENTRIES):
             self._set_descriptor(TLS_FIRST + entry, words[2 * entry], words[2 * entry + 1])
-        if TLS_FIRST <= self._stack_selector >> 3 < TLS_FIRST + TLS_ENTRIES:
+        if TLS_FIRST <= self.stack_selector >> 3 < TLS_FIRST + TLS_ENTRIES:
             self._segments_changed()
 
     def _set_descriptor(self, index: int, low: int, high: int) -> None:
@@ -156,7 +155,7 @@ class HostPages:
     def _segments_changed(self) -> None:
         code = self.segment(KERNEL_CS)
         self.kernel_code = code if code is not None and _flags(code) & _CODE else None
-        stack = self.segment(self._stack_selector)
+        stack = self.segment(self.stack_selector)
         usable = stack is not None and _flags(stack) & (_CODE | _WRITABLE) == _WRITABLE
         self.kernel_stack = stack if usable else None
 
@@ -181,8 +180,8 @@ class HostPages:
         selector &= 0xFFFF
         self.stack_pointer = pointer
         self._words[(TSS_OFFSET + _TSS_ESP1) // 4] = pointer
-        if selector != self._stack_selector:
-            self._stack_selector = selector
+        if selector != self.stack_selector:
+            self.stack_selector = selector
             self._words[(TSS_OFFSET + _TSS_SS1) // 4] = selector
             self._segments_changed()
 

@@ -19,9 +19,9 @@ speed and then corrupts itself. Each defect and its repair:
 6. *Anybody may return to virtual-8086 mode*, with an I/O privilege level of his choice. IRET is replaced by one that
    looks first.
 
-Some guests have a host above them who sees their exceptions before they do (``cpu/softhost``). For these the CPU is made
-with ``traps``: exceptions come to Python, but for the vectors that may go straight through the IDT; what a guest's page
-tables lead to outside of its memory becomes a page fault; and interrupts can be held back by a word of its memory.
+Some guests have a host above them who sees their exceptions before they do (``cpu/softhost``). For these the CPU is
+made with ``traps``: exceptions come to Python, but for the vectors that may go straight through the IDT; what a guest's
+page tables lead to outside of its memory becomes a page fault; and interrupts can be held back by a word of its memory.
 
 How a function is replaced: the library is position-independent and calls its own exported functions through slots of
 pointers (GOT, and tables of helpers), bound when it is loaded. Every slot in its writable or relocated data that holds

@@ -158,6 +158,7 @@ on_invalid:
    Python has handled is over; the library would make the next one a double fault. */
         .globl on_trap
 on_trap:
+.Ltrap: /* what is not global needs no linker */
         sub     rsp, 24
         movzx   eax, sil
         mov     [rsp], eax
@@ -187,7 +188,7 @@ on_invalid_trap:
         sub     rsp, 8
         mov     rdx, rsi
         mov     esi, EXCP06_ILLOP
-        call    on_trap
+        call    .Ltrap
         mov     eax, 1
         add     rsp, 8
         ret
