@@ -64,6 +64,7 @@ open_console:
         test    eax, eax
         jz      1f
         push    eax
+        xor     edx, edx
         call    start_device
         mov     eax, [esp]
         xor     edx, edx
@@ -347,6 +348,7 @@ open_device:
         jz      1f
         test    byte ptr [esi + D_STATUS], DRIVER_OK
         jnz     1f
+        xor     edx, edx
         call    start_device
         mov     eax, esi
         xor     edx, edx

@@ -19,6 +19,11 @@
         .set CONSOLE, 3
         .set RNG, 4
 
+        /* Their features, of which there are more. */
+        .set NET_MAC, 1 << 5
+        .set BLOCK_SEG_MAX, 1 << 2
+        .set BLOCK_CAN_FLUSH, 1 << 9
+
         .set ACKNOWLEDGE, 1
         .set DRIVER, 2
         .set DRIVER_OK, 4
@@ -93,26 +98,29 @@ set_status:
         hypercall NOTIFY, eax
         ret
 
-/* Starts the device at eax, with all of the features accepted that it offers. */
+/* Starts the device at eax, with those of its features accepted whose bits are in edx. */
 start_device:
         push    esi
         push    edi
         mov     esi, eax
+        mov     edi, edx
         xor     edx, edx
         call    set_status
-        mov     edx, ACKNOWLEDGE | DRIVER
-        mov     [esi + D_STATUS], dl
-        movzx   ecx, byte ptr [esi + D_FEATURES]
+        mov     byte ptr [esi + D_STATUS], ACKNOWLEDGE | DRIVER
         mov     eax, esi
-        push    ecx
         call    offered_features
-        pop     ecx
-        mov     edx, esi
-        mov     esi, eax
-        lea     edi, [eax + ecx]
-        rep movsb
-        mov     esi, edx
-        mov     eax, esi
+        movzx   edx, byte ptr [esi + D_FEATURES]
+        lea     ecx, [eax + edx]        /* where they are accepted */
+1:      dec     edx
+        js      2f
+        mov     ebx, edi
+        and     bl, [eax]
+        mov     [ecx], bl
+        shr     edi, 8
+        inc     eax
+        inc     ecx
+        jmp     1b
+2:      mov     eax, esi
         mov     edx, ACKNOWLEDGE | DRIVER
         call    set_status
         or      byte ptr [esi + D_STATUS], DRIVER_OK    /* which nobody is told */

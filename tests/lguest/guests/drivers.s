@@ -80,9 +80,15 @@ tell_bytes:
         pop     esi
         ret
 
-/* Starts the first device of type eax, and opens its queues at first_queue and second_queue; its descriptor in esi. */
+/* Starts the first device of type eax without any features; see below. */
+start_simply:
+        xor     edx, edx
+/* Starts the first device of type eax with the features edx, and opens its queues at first_queue and second_queue. In
+   esi is its descriptor then. */
 start_driver:
+        push    edx
         call    find_device
+        pop     edx
         test    eax, eax
         jz      1f
         mov     esi, eax
@@ -102,7 +108,7 @@ start_driver:
 /* The console gives back what it gets, in capitals, until there is a full stop. */
 scene console
         mov     eax, CONSOLE
-        call    start_driver
+        call    start_simply
         mov     eax, offset second_queue
         mov     ecx, offset ready_text
         mov     edx, READY_LENGTH
@@ -135,7 +141,7 @@ scene console
 /* Three pieces of output in one chain, and three chains with one notification. */
 scene console_chains
         mov     eax, CONSOLE
-        call    start_driver
+        call    start_simply
         mov     edi, second_queue + Q_RING
         describe edi, 0, "offset ready_text", 1, MORE
         describe edi, 1, "offset ready_text + 1", 2, MORE
@@ -153,19 +159,25 @@ scene console_chains
         call    submit
         mov     eax, offset second_queue
         call    kick
-        mov     esi, 3
+        mov     esi, 3                  /* say nothing before all is out: that would take another way */
 1:      mov     eax, offset second_queue
         call    wait_used
-        say_number "used ", eax
-        say     "\n"
+        push    eax
         dec     esi
         jnz     1b
+        pop     eax
+        say_number "used ", eax
+        pop     eax
+        say_number " ", eax
+        pop     eax
+        say_number " ", eax
+        say     "\n"
         ret
 
 /* The ring's indices wrap: more chains than it has entries, and than an index can count. */
 scene console_wrap
         mov     eax, CONSOLE
-        call    start_driver
+        call    start_simply
         mov     edi, 66000
 1:      mov     eax, offset second_queue
         mov     ecx, offset ready_text
@@ -232,6 +244,7 @@ scene disk
 
 open_disk:
         mov     eax, BLOCK
+        mov     edx, BLOCK_SEG_MAX | BLOCK_CAN_FLUSH
         call    start_driver
         mov     eax, esi
         xor     edx, edx
@@ -292,7 +305,7 @@ scene boot_twice
 /* Random numbers: two draws, the first longer than what is asked for. */
 scene rng
         mov     eax, RNG
-        call    start_driver
+        call    start_simply
         mov     edi, 2
 1:      mov     eax, offset first_queue
         mov     ecx, offset buffer
@@ -311,6 +324,7 @@ scene rng
 /* The network: sends a frame, and gives back the first that comes, its addresses changed over. */
 scene net
         mov     eax, NET
+        mov     edx, NET_MAC
         call    start_driver
         say     "mac "
         mov     eax, esi
@@ -372,7 +386,7 @@ scene kick_too_early
 /* A device that is ready twice. */
 scene ready_twice
         mov     eax, CONSOLE
-        call    start_driver
+        call    start_simply
         mov     eax, esi
         mov     edx, ACKNOWLEDGE | DRIVER | DRIVER_OK
         call    set_status
@@ -387,12 +401,12 @@ scene failed
         mov     edx, ACKNOWLEDGE | FAILED
         call    set_status
         mov     eax, RNG
-        call    start_driver
+        call    start_simply
         mov     eax, esi
         mov     edx, ACKNOWLEDGE | DRIVER | FAILED
         call    set_status
         mov     eax, RNG
-        call    start_driver
+        call    start_simply
         mov     eax, offset first_queue
         mov     ecx, offset buffer
         mov     edx, 16
@@ -409,19 +423,21 @@ scene bad_notify
         say     "alive\n"
         ret
 
-/* A string without an end, in the last bytes of the devices' pages... which is memory's end. */
+/* A text that is longer than Linux ever makes them. */
 scene long_text
-        mov     edi, memory_end
-        sub     edi, 4
-        mov     dword ptr [edi], 0x0a747561     /* "aut\n" */
-        hypercall NOTIFY, edi
+        mov     edi, offset buffer
+        mov     ecx, 2048
+        mov     eax, 'x'
+        rep stosb
+        mov     word ptr [edi - 2], '\n'
+        hypercall NOTIFY, "offset buffer"
         say     "alive\n"
         ret
 
 /* A chain that has no end. */
 scene endless_chain
         mov     eax, CONSOLE
-        call    start_driver
+        call    start_simply
         mov     edi, second_queue + Q_RING
         describe edi, 0, "offset ready_text", READY_LENGTH, MORE
         mov     word ptr [edi + 14], 0
@@ -438,7 +454,7 @@ scene endless_chain
 /* A buffer where no memory is. */
 scene wild_buffer
         mov     eax, RNG
-        call    start_driver
+        call    start_simply
         mov     eax, offset first_queue
         mov     ecx, 0x90000000
         mov     edx, 16

@@ -198,6 +198,7 @@ scene order
         mov     eax, CONSOLE
         call    find_device
         push    eax
+        xor     edx, edx
         call    start_device
         pop     eax
         mov     edx, 1

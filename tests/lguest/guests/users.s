@@ -19,6 +19,10 @@
 
         .set MILLISECOND, 1000000
 
+        /* Flat segments for ring 3. */
+        .set USER_CODE_SEGMENT, 0x00cffa00
+        .set USER_DATA_SEGMENT, 0x00cff200
+
 use_tables:
         xor     ecx, ecx
         mov     eax, PRESENT | WRITABLE
@@ -35,6 +39,8 @@ use_tables:
         jb      1b
         mov     dword ptr directory, offset low_table + PRESENT + WRITABLE + USER
         hypercall NEW_PGTABLE, "offset directory"
+        hypercall LOAD_GDT_ENTRY, "USER_CS >> 3", 0x0000ffff, USER_CODE_SEGMENT
+        hypercall LOAD_GDT_ENTRY, "USER_DS >> 3", 0x0000ffff, USER_DATA_SEGMENT
         mov     eax, SYSCALL
         mov     edx, offset on_system_call
         call    set_handler
