@@ -12,6 +12,7 @@ from typing import Any
 
 from lguest_mp.codemap import CodeMap
 from lguest_mp.cpu.engine import Engine, EntryState, GuestFault, GuestHalted, Platform
+from lguest_mp.cpu.unicorn import features
 from lguest_mp.cpu.unicorn import library as uc_library
 from lguest_mp.cpu.unicorn.core import CPU_INTERRUPT_HARD, TRANSLATION_BYTES, UnicornCore
 from lguest_mp.cpu.unicorn.internals import Internals
@@ -79,7 +80,7 @@ class UnicornEngine(UnicornCore, Engine):
         def cpuid(leaf: int, subleaf: int) -> None:
             try:
                 native = (registers[_RAX], registers[_RBX], registers[_RCX], registers[_RDX])
-                result = platform.cpuid(leaf, subleaf, native)
+                result = platform.cpuid(leaf, subleaf, features.native(leaf, subleaf, native))
                 registers[_RAX], registers[_RBX], registers[_RCX], registers[_RDX] = result
             except BaseException as error:
                 fail(error)
