@@ -39,8 +39,9 @@ Options, anywhere before '--':
   --username=<user>   become this user before the guest runs (as root)
   --chroot=<dir>      make this the root directory before the guest runs (as root)
   --name=<name>       what to call the guest in 'ps'; otherwise the process ID
-  --cpu=<engine>      what executes the guest: unicorn, the embedded CPU
-  --machine=<kind>    what the guest finds: pc
+  --cpu=<engine>      what executes the guest: unicorn, the embedded CPU, or lguest, the host's /dev/lguest
+  --machine=<kind>    what the guest finds: pc, or lguest, which is for 32-bit kernels; otherwise what the kernel is for
+  --demo              instead of a kernel: run a small guest that comes with lguest (the memory may be left out, too)
   -v, --verbose       tell what happens
   --help, --version
 
@@ -57,10 +58,10 @@ Exit status: 0 the guest powered off, 1 lguest could not do it, 2 usage, 3 the g
 """
 _OPTIONS = [
     *("verbose", "net=", "tunnet=", "block=", "rng", "initrd=", "username=", "chroot="),
-    *("name=", "cpu=", "machine=", "help", "version"),
+    *("name=", "cpu=", "machine=", "demo", "help", "version"),
 ]
-_CPUS = ("unicorn",)
-_MACHINES = ("pc",)
+_CPUS = ("unicorn", "lguest")
+_MACHINES = ("pc", "lguest")
 
 #: A name is for people, and for the command lines of other tools.
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
@@ -93,7 +94,9 @@ def parse(arguments: Sequence[str]) -> GuestConfig:
     if "version" in single:
         raise Told(f"lguest {__version__}\n")
     cpu = _choice("cpu", single.get("cpu", _CPUS[0]), _CPUS)
-    machine = _choice("machine", single.get("machine", _MACHINES[0]), _MACHINES)
+    machine = _choice("machine", single["machine"], _MACHINES) if "machine" in single else None
+    if "demo" in single:
+        rest = _demo(rest)
     if len(rest) < 2:
         raise UsageError("the memory is missing" if not rest else "the kernel is missing")
     return GuestConfig(
@@ -109,6 +112,14 @@ def parse(arguments: Sequence[str]) -> GuestConfig:
         cpu=cpu,
         machine=machine,
     )
+
+
+def _demo(rest: list[str]) -> list[str]:
+    """The command line's rest with our own guest for the kernel, and memory for it unless some is given."""
+    from lguest_mp import demo  # noqa: PLC0415
+
+    memory = [rest.pop(0)] if rest and rest[0].isdecimal() else [str(demo.MEMORY)]
+    return [*memory, str(demo.kernel()), *rest]
 
 
 def _devices(given: list[tuple[str, str]]) -> tuple[DeviceConfig, ...]:
@@ -178,7 +189,7 @@ def _launch(config: GuestConfig) -> int:
     from lguest_mp.supervisor import parts, run  # noqa: PLC0415 -- --help needs none of it
 
     _open_standard_files()
-    return conclude(run.run(config, parts.pc()))
+    return conclude(run.run(config, parts.of(config)))
 
 
 def conclude(how: ending.Ending) -> int:  # noqa: RET503 -- two of the three ways never return

@@ -86,7 +86,8 @@ class GuestConfig:
     """One guest as its user asked for it.
 
     ``memory`` is in bytes. ``devices`` are in the order of the command line; the console, which every guest has, is
-    not among them. ``arguments`` are the kernel's, as given.
+    not among them. ``arguments`` are the kernel's, as given. ``machine`` is ``pc`` or ``lguest``; None: the one that
+    the kernel is for.
     """
 
     name: str
@@ -99,4 +100,4 @@ class GuestConfig:
     chroot: Path | None = None
     verbose: bool = False
     cpu: str = "unicorn"
-    machine: str = "pc"
+    machine: str | None = None

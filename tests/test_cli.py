@@ -22,7 +22,7 @@ def test_everything_at_once() -> None:
     config = cli.parse(
         [
             *("-v", "--name=demo", "--block=a.img", "--rng", "--block", "b.img", "--initrd=first", "--initrd=i.img"),
-            *("--username=nobody", "--chroot=/srv", "--cpu=unicorn", "--machine=pc"),
+            *("--username=nobody", "--chroot=/srv", "--cpu=lguest", "--machine=lguest"),
             *("64", "vmlinux", "root=/dev/vda", "quiet"),
         ]
     )
@@ -36,7 +36,24 @@ def test_everything_at_once() -> None:
         username="nobody",
         chroot=Path("/srv"),
         verbose=True,
+        cpu="lguest",
+        machine="lguest",
     )
+
+
+def test_the_machine_is_the_kernels_choice_unless_it_is_named() -> None:
+    assert cli.parse(["256", "vmlinuz"]).machine is None
+    assert cli.parse(["256", "vmlinuz", "--machine=pc"]).machine == "pc"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "memory", "rest"),
+    [([], 16, ()), (["32"], 32, ()), (["32", "64"], 32, ("64",)), (["hello", "64"], 16, ("hello", "64"))],
+)
+def test_the_demo_is_a_kernel_that_is_there(arguments: list[str], memory: int, rest: tuple[str, ...]) -> None:
+    config = cli.parse(["--demo", *arguments])
+    assert config.kernel.exists()
+    assert (config.memory, config.arguments) == (memory << 20, rest)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +94,8 @@ def test_one_dash_is_an_argument() -> None:
         (["--ver", "256", "vmlinuz"], "--ver not a unique prefix"),
         (["256", "vmlinuz", "--block"], "--block requires argument"),
         (["--rng=yes", "256", "vmlinuz"], "--rng must not have an argument"),
-        (["--cpu=kvm", "256", "vmlinuz"], "--cpu=kvm is unknown; there is unicorn"),
-        (["--machine=lguest", "256", "vmlinuz"], "--machine=lguest is unknown; there is pc"),
+        (["--cpu=kvm", "256", "vmlinuz"], "--cpu=kvm is unknown; there is unicorn, lguest"),
+        (["--machine=vax", "256", "vmlinuz"], "--machine=vax is unknown; there is pc, lguest"),
     ],
 )
 def test_what_is_no_command_line(arguments: list[str], words: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -143,6 +160,7 @@ def test_help_names_every_option(capfd: pytest.CaptureFixture[str]) -> None:
         "name",
         "cpu",
         "machine",
+        "demo",
     ):
         assert f"--{option.rstrip('=')}" in output
     assert all(len(line) <= 120 for line in output.splitlines())
@@ -180,6 +198,21 @@ def test_a_memory_size_that_makes_no_sense_is_one_line(size: str) -> None:
     assert result.stderr.startswith("lguest: ")
     assert "memory" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_one_line_where_there_is_no_dev_lguest() -> None:
+    if os.path.exists("/dev/lguest"):
+        pytest.skip("this host has it")
+    result = run("--cpu=lguest", "256", "/no/such/kernel")
+    assert result.returncode == 1
+    assert result.stderr.startswith("lguest: there is no /dev/lguest")
+    assert result.stderr.count("\n") == 1
+
+
+def test_dev_lguest_runs_no_pc() -> None:
+    result = run("--cpu=lguest", "--machine=pc", "256", "/no/such/kernel")
+    assert result.returncode == 1
+    assert result.stderr.startswith("lguest: --cpu=lguest runs lguest's own guests only")
 
 
 def test_help_imports_no_more_than_the_command_line() -> None:

@@ -178,6 +178,7 @@ class Guest:
 
     def _machine_files(self) -> list[int]:
         files = [0, 1, self._machine_requests.fileno(), self._machine_events.fileno()]
+        files += self._resources.parts.machine_files
         for served in self._served:
             files += [*served.port.kicks, *served.port.calls]
         if self._watches is not None:

@@ -1,14 +1,18 @@
 """What a guest is made of: its machine, its kernel's loader, its devices.
 
 The supervisor knows the parts by what they do for it (:class:`Parts`), so that another machine, or a test's, is
-another instance. :func:`pc` is the machine of a stock kernel.
+another instance. :func:`pc` is the machine of a stock kernel, :func:`lguest` that of lguest's own guests, and
+:func:`of` knows which one a guest wants.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
+
+from lguest_mp.errors import LguestError
 
 if TYPE_CHECKING:
     import socket
@@ -77,6 +81,9 @@ class Parts:
     host cannot run it. It is called in that process, so that nobody else pays for the CPU engine, while the kernel is
     being loaded; only when the guest is to be confined the supervisor calls it first. ``make_queue`` is called in a
     worker, everything else in the supervisor before anything is forked; LguestError when it cannot be done.
+
+    ``device_memory``: how many bytes of guest memory behind the RAM are for devices. ``machine_files``: what the
+    machine process keeps open for itself.
     """
 
     read_kernel: Callable[[GuestConfig], Kernel]
@@ -84,6 +91,21 @@ class Parts:
     make_watches: Callable[[GuestMemory, int], WriteWatches | None]
     make_queue: QueueMaker
     load_machine: Callable[[], MachineBody]
+    device_memory: int = 0
+    machine_files: tuple[int, ...] = ()
+
+
+def of(config: GuestConfig) -> Parts:
+    """The parts of the machine that ``config`` names, or its kernel is for. LguestError: there is no such guest."""
+    if config.cpu == "lguest":
+        if config.machine == "pc":
+            raise LguestError("--cpu=lguest runs lguest's own guests only; leave --machine=pc out, or --cpu=lguest")
+        return lguest_on_device()
+    if config.machine is not None:
+        return lguest() if config.machine == "lguest" else pc()
+    from lguest_mp.boot.lguest_kernel import is_for_lguest  # noqa: PLC0415
+
+    return lguest() if is_for_lguest(config.kernel) else pc()
 
 
 def pc() -> Parts:
@@ -103,6 +125,53 @@ def pc() -> Parts:
         make_queue=Queue,
         load_machine=_load_pc,
     )
+
+
+def lguest() -> Parts:
+    """A guest of lguest's own, its CPU embedded and its host in software."""
+    from lguest_mp.codemap import CodeMap  # noqa: PLC0415
+
+    return _lguest(CodeMap, _load_softhost)
+
+
+def lguest_on_device() -> Parts:
+    """A guest of lguest's own on the host's ``/dev/lguest``, which is opened here. LguestError if there is none."""
+    from lguest_mp.cpu.dev_lguest import open_device  # noqa: PLC0415
+
+    file = open_device()
+    return replace(_lguest(lambda _memory, _workers: None, partial(_load_device, file)), machine_files=(file,))
+
+
+def _lguest(
+    make_watches: Callable[[GuestMemory, int], WriteWatches | None], load_machine: Callable[[], MachineBody]
+) -> Parts:
+    from lguest_mp.boot.lguest_kernel import prepare  # noqa: PLC0415
+    from lguest_mp.bus.lguest_page import DEVICE_PAGES  # noqa: PLC0415
+    from lguest_mp.memory import PAGE_SIZE  # noqa: PLC0415
+    from lguest_mp.virtio.queue import Queue  # noqa: PLC0415
+
+    return Parts(
+        read_kernel=prepare,
+        open_devices=_open_lguest_devices,
+        make_watches=make_watches,
+        make_queue=Queue,
+        load_machine=load_machine,
+        device_memory=DEVICE_PAGES * PAGE_SIZE,
+    )
+
+
+def _open_lguest_devices(config: GuestConfig) -> list[Device]:
+    """The same devices, if the descriptor page has room for them."""
+    from lguest_mp.bus.lguest_page import plan  # noqa: PLC0415
+
+    devices = _open_virtio_devices(config)
+    try:
+        plan(devices, config.memory)
+    except BaseException:
+        for device in devices:
+            device.close()
+        raise
+    return devices
 
 
 def _open_virtio_devices(config: GuestConfig) -> list[Device]:
@@ -151,3 +220,19 @@ def _load_pc() -> MachineBody:
 
     repaired_library()  # while there still is a file system to load it from
     return run_machine
+
+
+def _load_softhost() -> MachineBody:
+    from lguest_mp.cpu.unicorn.internals import repaired_library  # noqa: PLC0415
+    from lguest_mp.machine.lguest_process import run_machine  # noqa: PLC0415
+    from lguest_mp.machine.lguest_softhost import make_softhost  # noqa: PLC0415
+
+    repaired_library()
+    return partial(run_machine, make_softhost)
+
+
+def _load_device(file: int) -> MachineBody:
+    from lguest_mp.cpu.dev_lguest import DevLguest  # noqa: PLC0415
+    from lguest_mp.machine.lguest_process import run_machine  # noqa: PLC0415
+
+    return partial(run_machine, lambda memory, _watches, _machine: DevLguest(file, memory.address))

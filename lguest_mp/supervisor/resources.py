@@ -89,7 +89,7 @@ def open_all(config: GuestConfig, parts: Parts) -> Resources:
         if not confinement.is_empty:
             parts.load_machine()  # there may be no Python where we are going
         kernel = parts.read_kernel(config)
-        memory = GuestMemory(config.memory)
+        memory = GuestMemory(config.memory + parts.device_memory)
         try:
             null = os.open(os.devnull, os.O_RDWR)
         except OSError as error:
