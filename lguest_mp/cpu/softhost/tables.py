@@ -117,6 +117,10 @@ class HostPages:
         self.kernel_code: Segment | None = None
         self.kernel_stack: Segment | None = None
 
+    def mapped(self) -> bytes:
+        """What the guest can read: GDT, TSS, IDT."""
+        return bytes(self._words)
+
     def map_linear(self) -> None:
         """Virtual addresses are physical ones, as before the guest has page tables."""
         for index in range(RESERVED_INDEX):
