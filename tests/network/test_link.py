@@ -868,6 +868,7 @@ class TestManyProcesses:
                     send(wire, a_frame(BROADCAST))
                     received(wire)
                 lives += 1
+            channel.recv(10)  # what is left unread resets the connection
             return str(lives).encode()
 
         other = start(echo)
