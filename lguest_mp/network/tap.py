@@ -84,6 +84,8 @@ _SOCKADDR = struct.Struct("=HH4s")  # struct sockaddr_in: family, port, address
 _ANY_NAME = "tap%d"
 #: How long, in seconds, a frame waits for the host to take it, unless the last one did in vain.
 WRITE_PATIENCE = 1.0
+#: How long, in seconds, until the kernel is asked again about a link that it said nothing of.
+ASK_AGAIN = 1.0
 
 # What a driver can accept of what a header says (virtio 1.2, 5.1.3); numbers, since workers touch no enumeration.
 _CSUM = NetFeature.GUEST_CSUM.value
@@ -123,8 +125,9 @@ class Tap(Wire):
             self._description += f" on bridge {config.bridge}"
         elif config.address is not None:
             self._description += f", {config.address}"
-        #: What was last told of the link; None: nothing yet.
+        #: What was last told of the link; None: nothing yet. And whether the kernel said so when it was last asked.
         self._up: bool | None = None
+        self._is_known = True
         #: Whether the host took nothing for too long, and nothing since.
         self._is_stuck = False
         self._poller = select.poll()
@@ -169,9 +172,9 @@ class Tap(Wire):
     def wait(self, status: Callable[[bool], None]) -> None:
         """See :meth:`Wire.wait`. WireGone, after ``status(False)``, when the interface was deleted."""
         while True:
-            ready = dict(self._poller.poll())
+            ready = dict(self._poller.poll(None if self._is_known else ASK_AGAIN * 1000))
             frames = ready.get(self._file, 0)
-            if frames & ~select.POLLIN or self._watch.fileno() in ready:
+            if frames & ~select.POLLIN or self._watch.fileno() in ready or not self._is_known:
                 before, now = self._up, self.is_up()
                 if now != before:
                     status(now)
@@ -181,8 +184,16 @@ class Tap(Wire):
                 return
 
     def is_up(self) -> bool:
-        """Whether the interface is up and has a carrier; one that cannot be seen from here counts as up."""
-        self._up = self._is_connected() and self._watch.is_up() is not False
+        """Whether the interface is up and has a carrier; one that cannot be seen from here counts as up.
+
+        When the kernel does not say (it is out of memory) what it said before is true, and :meth:`wait` asks again.
+        """
+        try:
+            self._up = self._is_connected() and self._watch.is_up() is not False
+        except OSError:
+            self._is_known = False
+            return self._up is not False
+        self._is_known = True
         return self._up
 
     def write(self, views: Sequence[memoryview]) -> None:
@@ -214,9 +225,7 @@ class Tap(Wire):
         try:
             fcntl.ioctl(self._file, TUNGETIFF, bytes(_IFREQ.size))
         except OSError as error:
-            if error.errno != errno.EBADFD:
-                raise
-            return False
+            return error.errno != errno.EBADFD
         return True
 
     def _fail(self, error: OSError) -> NoReturn:

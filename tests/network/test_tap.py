@@ -853,6 +853,43 @@ def test_a_question_that_the_kernel_does_not_answer() -> None:
     watch.close()
 
 
+def say_nothing(patch: pytest.MonkeyPatch, times: int) -> None:
+    """Has the kernel be out of memory when it is asked so many times."""
+    is_up = rtnetlink.LinkWatch.is_up
+    failures = iter(range(times))
+
+    def fail_or_ask(watch: rtnetlink.LinkWatch) -> bool | None:
+        if next(failures, None) is not None:
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+        return is_up(watch)
+
+    patch.setattr(rtnetlink.LinkWatch, "is_up", fail_or_ask)
+
+
+def test_a_host_that_does_not_say_whether_the_link_is_up(ns: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it said last is true; before that, what nobody can see: it is up."""
+    with plugged() as wire:
+        for expected in (True, False, True):
+            with monkeypatch.context() as patch:
+                say_nothing(patch, 1)
+                assert wire.is_up() is expected
+            (ns.set_down if expected else ns.set_up)("tap0")
+            assert wire.is_up() is not expected
+
+
+def test_a_host_that_did_not_say_it_is_asked_again(ns: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tap, "ASK_AGAIN", 0.01)
+    with plugged() as wire:
+        assert wire.is_up()
+        ns.set_down("tap0")
+        say_nothing(monkeypatch, 3)
+        listener = Listener(wire)
+        assert listener.next() is False
+        ns.delete("tap0")
+        assert isinstance(listener.next(), str)
+        assert listener.end() == []
+
+
 # ---- A host that takes no frames ----
 
 
