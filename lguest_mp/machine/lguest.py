@@ -50,6 +50,8 @@ from lguest_mp.virtio.device import DeviceId
 #: How a host says that the guest switched itself off: what it says of every death that the guest asks for, and Linux's
 #: words.
 POWER_DOWN = "CRASH: Power down"
+#: So many bytes of RAM a kernel uses that was built without CONFIG_HIGHMEM4G. It looks for the devices behind them.
+_LOW_MEMORY = 891 << 20
 #: A guest that does odd things for ever is not worth a line each time.
 MOST_WARNINGS = 20
 
@@ -74,6 +76,7 @@ class LguestMachine:
         verbose: bool = False,
     ) -> None:
         self._memory = memory
+        self._ram = ram
         self._supervisor = Supervisor(requests)
         self._is_verbose = verbose
         self._warnings = 0
@@ -175,6 +178,11 @@ class LguestMachine:
         """Runs the guest on this thread until it ends, and tells the supervisor how it did. LguestError: it cannot."""
         self._host = host
         host.initialize(self._plan.end // PAGE_SIZE, entry.rip, self._memory.size // PAGE_SIZE)
+        if self._ram > _LOW_MEMORY:
+            self._warn(
+                f"with more than {_LOW_MEMORY >> 20} MiB a kernel finds its devices only if it was built with"
+                " CONFIG_HIGHMEM4G"
+            )
         if self._is_verbose:
             self._describe()
         self._input.take()

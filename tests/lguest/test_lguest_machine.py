@@ -73,7 +73,7 @@ class FakeDevice(Device):
 class Machine:
     """A machine with a console and a disk, and its supervisor."""
 
-    def __init__(self, *, verbose: bool = False) -> None:
+    def __init__(self, ram: int = RAM, *, verbose: bool = False) -> None:
         self.requests, machine_requests = protocol.channel_pair()
         self.events, machine_events = protocol.channel_pair()
         self._ends = [self.requests, machine_requests, self.events, machine_events]
@@ -93,9 +93,9 @@ class Machine:
             )
             for device in devices
         ]
-        self.memory = GuestMemory(RAM + DEVICE_PAGES * PAGE_SIZE)
+        self.memory = GuestMemory(ram + DEVICE_PAGES * PAGE_SIZE)
         self.lguest = LguestMachine(
-            self.memory, RAM, self.ports, machine_requests, machine_events, self.terminal, output, verbose=verbose
+            self.memory, ram, self.ports, machine_requests, machine_events, self.terminal, output, verbose=verbose
         )
         self.messages: list[Message] = []
         self.on_request: Callable[[Message], None] = lambda _message: None
@@ -178,6 +178,16 @@ def yielding(*pendings: Pending) -> Guest:
 def test_the_host_is_told_of_memory_and_device_pages_as_the_original_told_it(machine: Machine) -> None:
     machine.run(nothing)
     assert machine.host.initialized == (END // PAGE_SIZE, ENTRY.rip, RAM // PAGE_SIZE + 256)
+
+
+@pytest.mark.parametrize(("mib", "told"), [(891, False), (892, True)])
+def test_a_kernel_that_may_look_for_its_devices_elsewhere_is_told_of(mib: int, told: bool) -> None:
+    machine = Machine(mib << 20)
+    try:
+        machine.run(nothing)
+        assert any("CONFIG_HIGHMEM4G" in line for line in machine.lines) is told
+    finally:
+        machine.close()
 
 
 def test_a_guest_that_switches_itself_off(machine: Machine) -> None:
