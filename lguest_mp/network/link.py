@@ -20,6 +20,9 @@ Each of these is met in practice:
   costs a sender 20 ms once, and a slow one, even on purpose, 2 % of its time. The others get theirs before anybody is
   waited for. The price is that a sender that is faster than its receiver loses frames: of TCP between two guests on a
   busy host 0.6 % had to be sent again, instead of 0.1 % with patience for every frame.
+- *A guest that had no driver* (it booted, it reset its device) gets what waited for it meanwhile, a queue at most. That
+  harms nobody: each header is checked against what the driver accepts that gets it. To throw it away when a worker
+  begins would lose frames of a driver that is there, after a crash or a reset of one queue.
 - *A path longer than a socket's address may be* (107 bytes): every name is used relative to its directory.
 
 **Who may do what.** The directory is its user's alone. A guest can send what it likes to the others (their devices do
@@ -71,8 +74,6 @@ _SEND_BUFFER = 4 * LONGEST_FRAME
 _ETHERNET_HEADER = 14
 _DESTINATION = slice(header.LENGTH, header.LENGTH + 6)
 _SHORTEST_FRAME = header.LENGTH + _ETHERNET_HEADER
-#: More datagrams than a queue holds anywhere.
-_LONGEST_QUEUE = 1024
 #: How often (seconds) it is tried again to join or to lock.
 _RETRY = 0.01
 #: Errors of a write that are the frame's or the host's doing and not the receiver's.
@@ -108,12 +109,6 @@ class Link(Wire):
     def files(self) -> tuple[int, ...]:
         """The guest's own socket, and the directory with the others'."""
         return (self._fd, self._place.directory)
-
-    def attach(self, features: int, header_size: int) -> None:
-        """Loses what came while the guest had no driver. The header has 12 bytes: the bus knows no legacy drivers."""
-        with suppress(BlockingIOError):
-            for _ in range(_LONGEST_QUEUE):
-                self._place.socket.recv(1)
 
     def read(self, views: Sequence[memoryview]) -> int:
         """The next frame. After a datagram that is none BlockingIOError, so that a flood of them cannot hold it up."""

@@ -326,12 +326,19 @@ class TestFrames:
         assert os.read(reader, 1) == b""
         os.close(reader)
 
-    def test_what_came_before_the_driver_is_lost(self, join: Joiner) -> None:
+    def test_a_worker_that_begins_loses_nothing(self, join: Joiner, start: Starter) -> None:
+        """Neither what came for the other queue's worker, nor for the one before it."""
         a, b = join(A), join(B)
-        send(a, a_frame(B))
-        b.attach(0, 12)
-        send(a, a_frame(B, b"now"))
-        assert received(b) == [a_frame(B, b"now")]
+        sent = [a_frame(B, bytes([number])) for number in range(5)]
+
+        def worker(_channel: socket.socket) -> bytes:
+            b.attach(0, 12)
+            buffer = bytearray(LONGEST_FRAME)
+            return bytes(buffer[: b.read([memoryview(buffer)])])
+
+        for each in sent:
+            send(a, each)
+        assert [start(worker).hear() for _ in sent] == sent
 
     def test_it_is_always_up(self, join: Joiner) -> None:
         a = join(A)
