@@ -114,8 +114,9 @@ def test_init_looks_at_what_the_guest_says_of_itself(guest: SoftGuest, offset: i
     assert guest.dies("hcall 1, DATA") == reason
 
 
-def test_shutdown_can_be_a_restart(guest: SoftGuest) -> None:
-    guest.start("hcall 1, DATA; hcall 2, SCRATCH, 2")
+@pytest.mark.parametrize("reason", ["SCRATCH", "0x40000000"], ids=["a reason", "none, as Linux has it"])
+def test_shutdown_can_be_a_restart(guest: SoftGuest, reason: str) -> None:
+    guest.start(f"hcall 1, DATA; hcall 2, {reason}, 2")
     with pytest.raises(GuestRestarts):
         guest.host.run()
 

@@ -497,9 +497,9 @@ class SoftHost(LguestHost):
         raise GuestDied("already have lguest_data")
 
     def _shutdown(self, address: int, how: int, _3: int, _4: int) -> None:
-        text = self._read(address, abi.SHUTDOWN_TEXT).split(b"\0")[0]
         if how == abi.SHUTDOWN_RESTART:
-            raise GuestRestarts
+            raise GuestRestarts  # whatever the reason: Linux gives none
+        text = self._read(address, abi.SHUTDOWN_TEXT).split(b"\0")[0]
         raise GuestDied(f"CRASH: {text.decode(errors='replace')}")
 
     def _new_pgtable(self, directory: int, _2: int, _3: int, _4: int) -> None:
