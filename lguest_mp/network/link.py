@@ -177,18 +177,24 @@ class _Others:
         self._is_settled = False
 
     def send(self, destination: bytes, frame: Sequence[memoryview]) -> None:
-        """Sends ``frame`` to whom it is for."""
+        """Sends ``frame`` to whom it is for. OSError: it could not be, or not all of them could be found."""
         peer = self._known.get(destination)
         if peer is not None:
             if not self._offer(peer, frame):
                 self._wait_for([peer], frame)
         elif destination != self._mac:
-            self._look()
+            shortage = None
+            try:
+                self._look()
+            except OSError as error:
+                shortage = error
             known = self._known.get(destination)
             peers = [known] if known is not None else list(self._known.values())
             full = [each for each in peers if not self._offer(each, frame)]
             if full:
                 self._wait_for(full, frame)
+            if shortage is not None and known is None:
+                raise shortage
 
     def close(self) -> None:
         """Forgets them."""
@@ -206,9 +212,9 @@ class _Others:
                 raise
             # It has gone. Or it has gone and come again, and no look has told: its name was there each time.
             self._forget(peer)
-            successor = self._connect(peer.mac)
-            if successor is not None:
-                with suppress(OSError):
+            with suppress(OSError):
+                successor = self._connect(peer.mac)
+                if successor is not None:
                     os.writev(successor.fd, frame)
             return True
         peer.is_stuck = False
@@ -257,8 +263,12 @@ class _Others:
         self._is_settled = is_final
 
     def _connect(self, mac: bytes) -> _Peer | None:
-        """Makes the guest with that address known; None if there is none."""
-        line = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        """Makes the guest with that address known; None if there is none. OSError: the host is out of files."""
+        try:
+            line = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        except OSError:
+            self._is_settled = False  # so the next look finds it
+            raise
         try:
             line.setblocking(False)
             line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import os
@@ -400,6 +401,67 @@ class TestComingAndGoing:
                 send(a, a_frame(BROADCAST))
         send(a, a_frame(BROADCAST))
         assert received(b) == [a_frame(BROADCAST)]
+
+    @staticmethod
+    def _be_short_of_files(patch: pytest.MonkeyPatch) -> None:
+        """The host has no file for another socket."""
+
+        def refuse(*_: object) -> NoReturn:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        patch.setattr("socket.socket", refuse)
+
+    @pytest.mark.parametrize("is_settled", [False, True])
+    def test_more_come_than_there_are_files_for(
+        self, join: Joiner, monkeypatch: pytest.MonkeyPatch, is_settled: bool
+    ) -> None:
+        """Who is known gets everything; the others do as soon as there are files again. The user is told."""
+        monkeypatch.setattr(link, "SETTLING", 0 if is_settled else 1000)
+        a, b = join(A), join(B)
+        for _ in range(2):
+            send(a, a_frame(BROADCAST))
+        c = join(C)
+        received(b)
+        with monkeypatch.context() as patch:
+            self._be_short_of_files(patch)
+            for destination in (BROADCAST, UNKNOWN, C):
+                with pytest.raises(OSError, match="Too many open files"):
+                    send(a, a_frame(destination))
+                assert received(b) == [a_frame(destination)]
+            send(a, a_frame(B))
+            assert received(b) == [a_frame(B)]
+        send(a, a_frame(BROADCAST))
+        assert [received(b), received(c)] == [[a_frame(BROADCAST)]] * 2
+
+    def test_no_file_to_look_with(self, join: Joiner, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Listing a directory takes one, too."""
+        monkeypatch.setattr(link, "SETTLING", 1000)
+        a, b = join(A), join(B)
+        send(a, a_frame(BROADCAST))
+        received(b)
+        with monkeypatch.context() as patch:
+            patch.setattr("os.listdir", lambda _: os.open("/no such file", 0))
+            with pytest.raises(FileNotFoundError):
+                send(a, a_frame(BROADCAST))
+        assert received(b) == [a_frame(BROADCAST)]
+
+    def test_a_reboot_while_there_are_no_files(
+        self, join: Joiner, links: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is found again afterwards, though the directory looks as it did."""
+        monkeypatch.setattr(link, "SETTLING", 0)
+        a, b, c = join(A), join(B), join(C)
+        for _ in range(2):
+            send(a, a_frame(BROADCAST))
+        received(c)
+        b.close()
+        b = join(B)
+        os.utime(links / "lab", ns=(a._others._changed,) * 2)
+        with monkeypatch.context() as patch:
+            self._be_short_of_files(patch)
+            send(a, a_frame(B))
+        send(a, a_frame(B))
+        assert [received(b), received(c)] == [[a_frame(B)], []]
 
     def test_who_leaves(self, join: Joiner, links: Path) -> None:
         """Nobody is told, and nothing fails."""
