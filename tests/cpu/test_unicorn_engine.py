@@ -159,6 +159,30 @@ def test_syscall_while_it_is_disabled_is_undefined(machine: Machine, assemble: A
     assert machine.run() == 6
 
 
+def test_user_code_may_not_enter_virtual_8086_mode(machine: Machine, assemble: Assemble) -> None:
+    # The library would let it, with the I/O privilege level that it asks for.
+    source = """
+        init
+        push 0x2b; push STACK - 0x1000; push 2; push 0x23; lea rax, [rip + user]; push rax
+        iretq
+        .code32
+    user:
+        push 0; push 0; push 0; push 0; push 0x2b; push 0x1000; push 0x23002; push 0x23; push 0x100
+    bad:
+        iretd
+        .code64
+        .balign 256
+        pop rbx         # error code
+        pop rax         # RIP
+        lea rcx, [rip + bad]
+        sub rax, rcx
+        exit
+    """
+    machine.load(assemble(source))
+    machine.set_gate(13, CODE + 256)
+    assert machine.run() == 0
+
+
 def test_user_code_may_not_use_ports(machine: Machine, assemble: Assemble) -> None:
     source = """
         init

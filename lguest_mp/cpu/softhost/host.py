@@ -347,51 +347,60 @@ class SoftHost(LguestHost):
 
     def attend(self) -> bool:
         """Delivers an interrupt if there is one that the guest wants now."""
-        cpu = self._cpu
-        if not self._irqs or not self._initialized:
-            cpu.ask_no_more()
-            # interrupt() sets the bit first: what came meanwhile is seen now, or asks again.
-            if not self._irqs or not self._initialized:
-                return False
-        base = self._data_word
-        words = self._words
-        wanted = self._irqs & ~words[base + abi.DATA_BLOCKED // 4]
+        if self._outcome is not None:
+            return False  # the launcher comes first: it will look at the instruction where the guest stands
+        wanted = self._wanted()
         if not wanted:
-            cpu.ask_no_more()
-            self._try_later()
+            self._cpu.ask_no_more()
+            # interrupt() leaves its mark first: what came meanwhile is seen now, or asks again.
+            wanted = self._wanted()
+        gate = None
+        if wanted and self._takes_interrupts():
+            irq = (wanted & -wanted).bit_length() - 1
+            gate = self._pages.gate(abi.FIRST_IRQ_VECTOR + irq)
+            if gate is None:
+                self._cpu.ask_no_more()
+        if gate is None:
+            if self._irqs:
+                self._try_later()
             return False
+        self._take(irq, gate)
+        return True
+
+    def _wanted(self) -> int:
+        """The pending interrupts that the guest does not block."""
+        return self._irqs & ~self._words[self._data_word + abi.DATA_BLOCKED // 4] if self._initialized else 0
+
+    def _takes_interrupts(self) -> bool:
+        """Whether the guest lets itself be interrupted here; if not, has the CPU ask again."""
+        cpu, words, base = self._cpu, self._words, self._data_word
         if self._halted:
             words[base + abi.DATA_IRQ_ENABLED // 4] = abi.FLAG_IF
             self._halted = False
-        else:
-            if cpu.words[EIP] in self._noirq:
-                cpu.ask_again(None)
-                self._try_later()
-                return False
-            if not words[base + abi.DATA_IRQ_ENABLED // 4]:
-                words[base + abi.DATA_IRQ_PENDING // 4] = abi.FLAG_IF
-                cpu.ask_again(self._memory.address + self._data + abi.DATA_IRQ_ENABLED)
-                self._try_later()
-                return False
-        irq = (wanted & -wanted).bit_length() - 1
-        gate = self._pages.gate(abi.FIRST_IRQ_VECTOR + irq)
-        if gate is None:
-            # It stays pending: the guest may make a handler for it yet.
-            cpu.ask_no_more()
-            self._try_later()
+            return True
+        if cpu.words[EIP] in self._noirq:
+            cpu.ask_again(None)
             return False
+        if not words[base + abi.DATA_IRQ_ENABLED // 4]:
+            words[base + abi.DATA_IRQ_PENDING // 4] = abi.FLAG_IF
+            cpu.ask_again(self._enabled_address())
+            return False
+        return True
+
+    def _take(self, irq: int, gate: Gate) -> None:
+        cpu = self._cpu
         with self._lock:
             self._irqs &= ~(1 << irq)
         self._deliver(gate, None, cpu.read_flags())
         self._write_time()
-        if wanted & (wanted - 1):
-            cpu.ask_again(self._memory.address + self._data + abi.DATA_IRQ_ENABLED)
+        cpu.ask_no_more()
+        if self._wanted():
+            cpu.ask_again(self._enabled_address())
         else:
-            words[base + abi.DATA_IRQ_PENDING // 4] = 0
-            cpu.ask_no_more()
-            if self._irqs:
-                cpu.ask_again(None)
-        return True
+            self._words[self._data_word + abi.DATA_IRQ_PENDING // 4] = 0
+
+    def _enabled_address(self) -> int:
+        return self._memory.address + self._data + abi.DATA_IRQ_ENABLED
 
     def _settle(self) -> None:
         """Before the guest goes on: the interrupt that is to be delivered first; a halted guest waits for one."""
@@ -401,7 +410,7 @@ class SoftHost(LguestHost):
             self.attend()
 
     def _awake(self) -> bool:
-        return bool(self._irqs & ~self._words[self._data_word + abi.DATA_BLOCKED // 4])
+        return bool(self._wanted())
 
     def _try_later(self) -> None:
         with self._lock:
