@@ -31,8 +31,11 @@ def test_what_is_typed_reaches_the_program() -> None:
 
 
 def test_the_terminal_is_the_controlling_one() -> None:
-    with shell("echo ready; sleep 1000") as session:
+    with shell("stty -echo; echo ready; exec cat") as session:
         session.wait_for("ready")
+        # A shell that is interrupted when it is about to start a program starts it all the same, and waits for it.
+        session.type("cat is there\n")
+        session.wait_for("cat is there")
         session.type("\x03")
         assert session.wait() == -signal.SIGINT
 
