@@ -99,6 +99,8 @@ class Link(Wire):
         self._fd = self._place.socket.fileno()
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLIN)
+        #: How much shorter the driver's header is than that on the link.
+        self._missing = 0
 
     @property
     def description(self) -> str:
@@ -110,8 +112,17 @@ class Link(Wire):
         """The guest's own socket, and the directory with the others'."""
         return (self._fd, self._place.directory)
 
+    def attach(self, features: int, header_size: int) -> None:
+        """Headers on the link have 12 bytes. For a driver whose headers are shorter, the end is cut off and made up."""
+        self._missing = header.LENGTH - header_size
+
     def read(self, views: Sequence[memoryview]) -> int:
         """The next frame. After a datagram that is none BlockingIOError, so that a flood of them cannot hold it up."""
+        if not self._missing:
+            return self._receive(views)
+        return self._receive(_lengthened(views, bytearray(self._missing))) - self._missing
+
+    def _receive(self, views: Sequence[memoryview]) -> int:
         length = os.readv(self._fd, views)
         if not _SHORTEST_FRAME <= length <= LONGEST_FRAME:
             raise BlockingIOError(errno.EAGAIN, "no frame but something else")
@@ -127,12 +138,25 @@ class Link(Wire):
 
     def write(self, views: Sequence[memoryview]) -> None:
         """Sends a frame to whom it is for. OSError: it is none, or the host cannot. Nobody says whether it arrived."""
-        self._others.send(_destination(views), views)
+        frame = _lengthened(views, bytes(self._missing)) if self._missing else views
+        self._others.send(_destination(frame), frame)
 
     def close(self) -> None:
         """Leaves the link."""
         self._others.close()
         self._place.leave()
+
+
+def _lengthened(views: Iterable[memoryview], end: bytes | bytearray) -> list[memoryview]:
+    """``views`` of a frame with a short header, and ``end`` where that ends."""
+    before: list[memoryview] = []
+    after: list[memoryview] = []
+    left = header.LENGTH - len(end)
+    for view in views:
+        before.append(view[:left])
+        after.append(view[left:])
+        left -= len(before[-1])
+    return [view for view in (*before, memoryview(end), *after) if view]
 
 
 def _destination(views: Iterable[memoryview]) -> bytes:

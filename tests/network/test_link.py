@@ -345,6 +345,25 @@ class TestFrames:
         a = join(A)
         assert (a.is_up(), a.has_header, a.is_suspect, a.description) == (True, True, True, "link lab")
 
+    def test_a_legacy_drivers_header_is_shorter_than_that_on_the_link(self, join: Joiner) -> None:
+        modern, legacy = join(A), join(B)
+        legacy.attach(0, 10)
+        send(modern, a_frame(B))
+        assert received(legacy) == [HEADER[:10] + a_frame(B)[12:]]
+        for cut in (1, 9, 10, 11, 20):
+            answer = HEADER[:10] + a_frame(A)[12:]
+            send(legacy, answer[:cut], answer[cut:])
+            assert received(modern) == [HEADER[:10] + bytes(2) + a_frame(A)[12:]]
+
+    @pytest.mark.parametrize("first", [0, 1, 9, 10, 11, 30])
+    def test_a_legacy_drivers_buffer_may_be_cut_anywhere(self, join: Joiner, first: int) -> None:
+        modern, legacy = join(A), join(B)
+        legacy.attach(0, 10)
+        send(modern, a_frame(B))
+        buffer = memoryview(bytearray(100))
+        length = legacy.read([buffer[:first], buffer[first:]])
+        assert bytes(buffer[:length]) == HEADER[:10] + a_frame(B)[12:]
+
 
 class TestComingAndGoing:
     """In any order."""
