@@ -16,8 +16,8 @@ from lguest_mp.cpu.softhost import SoftHost
 from lguest_mp.machine.eventloop import EventLoop
 from lguest_mp.memory import PAGE_SIZE, GuestMemory
 
-RAM_PAGES, DEVICE_PAGES = 256, 16
-PAGES = RAM_PAGES + DEVICE_PAGES
+#: The guest's memory, and where its devices' registers end.
+PAGES, DEVICE_LIMIT = 272, 288
 CODE, HANDLERS, DATA, STACK, USER_STACK = 0x1_0000, 0x1_4000, 0x8000, 0x2_0000, 0x3_0000
 DIRECTORY, TABLE = 0x4_0000, 0x4_1000
 SCRATCH, GATES = 0x5_0000, 0x6_0000
@@ -81,7 +81,8 @@ class SoftGuest:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.memory = GuestMemory(PAGES * PAGE_SIZE)
+        # There is more memory than the guest was told of: pages for devices that it does not have.
+        self.memory = GuestMemory(DEVICE_LIMIT * PAGE_SIZE)
         self.code_map = CodeMap(self.memory, 0)
         self.loop = EventLoop()
         self.host = SoftHost(self.memory, self.code_map, self.loop)
@@ -148,7 +149,7 @@ class SoftGuest:
 
     def start(self, source: str) -> None:
         self.load(source)
-        self.host.initialize(RAM_PAGES, CODE, PAGES)
+        self.host.initialize(PAGES, CODE, DEVICE_LIMIT)
 
     def told(self) -> int:
         """Runs until the guest tells a number."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import softguest
-from softguest import CODE, DATA, DIRECTORY, PAGES, SCRATCH, STACK, TABLE, USER_STACK, SoftGuest
+from softguest import CODE, DATA, DEVICE_LIMIT, DIRECTORY, PAGES, SCRATCH, STACK, TABLE, USER_STACK, SoftGuest
 
 from lguest_mp.cpu.lguest_host import (
     GENERAL_PROTECTION,
@@ -64,7 +64,9 @@ def test_init_tells_the_guest_about_its_host(guest: SoftGuest) -> None:
 
 def test_a_guest_has_to_fit_its_memory(guest: SoftGuest) -> None:
     with pytest.raises(LguestError, match="does not fit"):
-        guest.host.initialize(PAGES, CODE, PAGES + 1)
+        guest.host.initialize(DEVICE_LIMIT + 1, CODE, DEVICE_LIMIT + 2)
+    with pytest.raises(LguestError, match="does not fit"):
+        guest.host.initialize(PAGES, CODE, PAGES - 1)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,8 @@ def test_a_guest_has_to_fit_its_memory(guest: SoftGuest) -> None:
         ("hcall 1, DATA; hcall 7, 0x69, MEMORY + 4096, 1", f"bad stack page {PAGES * PAGE_SIZE + 4095:#x}"),
         ("hcall 1, DATA; hcall 14, 0, 0xffc00000, 0", "attempt to access switcher pages"),
         ("hcall 1, DATA; hcall 14, 0, 0x1000, 0xe1", "bad page table entry"),
+        ("hcall 1, DATA; hcall 14, 0, 0x1000, 0x10000061", "bad page table entry"),
+        ("mov eax, [0x10000000]", "bad page table entry"),
         ("hcall 1, DATA; hcall 16, MEMORY - 16", f"bad read address {PAGES * PAGE_SIZE - 16:#x} len 24"),
         ("hcall 1, DATA; hcall 18, 32", "too many gdt entries 32"),
         ("ud2", f"unhandled trap 6 at {CODE:#x} (0x0)"),
@@ -540,15 +544,22 @@ def test_a_second_page_fault_is_no_double_fault(guest: SoftGuest) -> None:
     assert guest.run(source) == 2
 
 
-@pytest.mark.parametrize("address", [PAGES * PAGE_SIZE, 0x1000_0000, 0xFFC0_0000, 0xFFC0_1000, 0xFFFF_F000])
-@pytest.mark.parametrize("access", ["mov eax, [ebp]", "mov [ebp], eax", "jmp ebp", "lock inc dword ptr [ebp]"])
-def test_what_is_not_the_guests_memory_is_the_launchers_to_emulate(guest: SoftGuest, address: int, access: str) -> None:
+ACCESSES = ["mov eax, [ebp]", "mov [ebp], eax", "jmp ebp", "lock inc dword ptr [ebp]"]
+
+
+@pytest.mark.parametrize("address", [PAGES * PAGE_SIZE, DEVICE_LIMIT * PAGE_SIZE - PAGE_SIZE])
+@pytest.mark.parametrize("access", ACCESSES)
+def test_what_is_devices_is_the_launchers_to_emulate(guest: SoftGuest, address: int, access: str) -> None:
     guest.write_words(TABLE + 4 * 0x3FF, address | 0x67)
     pending = guest.run_to(PAGE_FAULT, f"init; paging; mov ebp, 0x3ff010; {access}")
     assert pending.address == address + 0x10
-    if access != "jmp ebp":
-        length = pending.instruction.index(b"\0") if b"\0" in pending.instruction else 7
-        guest.host.set_register(Register.EIP, guest.register(Register.EIP) + length)
+
+
+@pytest.mark.parametrize("address", [DEVICE_LIMIT * PAGE_SIZE, 0x1000_0000, 0xFFC0_0000, 0xFFC0_1000, 0xFFFF_F000])
+@pytest.mark.parametrize("access", ACCESSES)
+def test_a_page_table_that_leads_to_nobodys_memory_is_death(guest: SoftGuest, address: int, access: str) -> None:
+    guest.write_words(TABLE + 4 * 0x3FF, address | 0x67)
+    assert guest.dies(f"init; paging; mov ebp, 0x3ff010; {access}") == "bad page table entry"
 
 
 def test_device_registers_are_there_before_paging(guest: SoftGuest) -> None:
@@ -558,7 +569,7 @@ def test_device_registers_are_there_before_paging(guest: SoftGuest) -> None:
 
 
 def test_an_access_that_the_launcher_hands_back_is_a_page_fault(guest: SoftGuest) -> None:
-    guest.write_words(TABLE + 4 * 0x3FF, 0x1000_0067)
+    guest.write_words(TABLE + 4 * 0x3FF, PAGES << 12 | 0x67)
     guest.run_to(
         PAGE_FAULT, "init; paging; gate 14, handler; mov [0x3ff010], eax; .balign 64; handler: pop eax; tell eax"
     )

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from softguest import (
     CODE,
     DATA,
+    DEVICE_LIMIT,
     DIRECTORY,
     HCALLS,
     KERNEL,
     KERNEL_ADDRESS,
     PAGES,
-    RAM_PAGES,
     STACK,
     STATUS,
     SYSCALL_VEC,
@@ -53,7 +53,9 @@ numbers = st.one_of(st.integers(0, 20), words)
 entries = st.builds(
     lambda page, flags: page << 12 | flags,
     st.one_of(
-        st.integers(0, PAGES), st.integers(0, 0xF_FFFF), st.sampled_from([TABLE >> 12, 0xFFC00, 0xFFC01, 0xFFC02])
+        st.integers(0, DEVICE_LIMIT),
+        st.integers(0, 0xF_FFFF),
+        st.sampled_from([TABLE >> 12, 0xFFC00]),
     ),
     st.one_of(st.sampled_from([0, 1, 3, 5, 7, 0x27, 0x67, 0x63, 0x87]), st.integers(0, 0xFFF)),
 )
@@ -77,7 +79,7 @@ class Subject:
     """A guest that does one instruction at a time."""
 
     def __init__(self) -> None:
-        self.memory = GuestMemory(MEMORY)
+        self.memory = GuestMemory(DEVICE_LIMIT * PAGE_SIZE)
         self.code_map = CodeMap(self.memory, 0)
         self.host = SoftHost(self.memory, self.code_map, NoEvents())
         self.memory.write(DATA + KERNEL, struct.pack("<I", KERNEL_ADDRESS))
@@ -85,7 +87,7 @@ class Subject:
         self.memory.write(DATA + STATUS, b"\xff" * 64)
         self.memory.write(DIRECTORY, struct.pack("<I", TABLE | 0x67))
         self.memory.write(TABLE, b"".join(struct.pack("<I", page << 12 | 0x67) for page in range(PAGES)))
-        self.host.initialize(RAM_PAGES, CODE, PAGES)
+        self.host.initialize(PAGES, CODE, DEVICE_LIMIT)
         self.alive = True
         # A guest may well loop, and then it has done nothing wrong.
         self._watch = threading.Timer(3, self.host.call, (self._give_up,))
@@ -116,7 +118,7 @@ class Subject:
         assert pending.trap in (NOTIFY, GENERAL_PROTECTION, PAGE_FAULT)
         assert len(pending.instruction) == 7
         if pending.trap == PAGE_FAULT:
-            assert MEMORY <= pending.address <= 0xFFFF_FFFF
+            assert MEMORY <= pending.address < DEVICE_LIMIT * PAGE_SIZE
 
     def mapped_page(self) -> bytes:
         """What the guest may read of the host's: its GDT, IDT and TSS."""
@@ -185,6 +187,7 @@ def test_random_page_tables(
             if code != b"\xcd\x1f":
                 subject.do(code, {Register.EBP: pointer, Register.ESP: stack})
         assert subject.mapped_page() == before
+        assert not any(subject.memory.read(MEMORY, (DEVICE_LIMIT - PAGES) * PAGE_SIZE))
 
     with_subject(test)
 

@@ -125,7 +125,6 @@ class GuestCpu(UnicornCore):
         self._direct = internals.native.slots("direct", 4)
         self._direct[:] = [0] * 4
         self._stopped = False
-        slot("physical_limit").value = memory.size
         slot("reserved").value = RESERVED_BASE
         self._connect_callbacks(traps)
         self._map(memory)
@@ -165,6 +164,10 @@ class GuestCpu(UnicornCore):
         ):
             error = dll.uc_mem_map_ptr(uc, base, size, uc_library.UC_PROT_ALL, address)
             self._library.check(error, "mapping memory")
+
+    def set_memory_size(self, size: int) -> None:
+        """Where the guest's memory ends: what its page tables lead to beyond that becomes a page fault."""
+        self._internals.native.slot("physical_limit").value = size
 
     def enter(self, start: int, code: Segment, data: Segment) -> None:
         """The state at the guest's first instruction, at ``start``: its kernel's, all general registers 0."""

@@ -79,9 +79,10 @@ class SoftHost(LguestHost):
         self._marks = code_map.marks
         self._idle = events.help
         self._pages = HostPages()
-        self._tables = PageTables(memory, self._pages, memory.size >> abi.PAGE_SHIFT)
         self._cpu = GuestCpu(memory, self._pages, code_map, self)
-        self._tables.connect(self._cpu.flush, self._cpu.flush_page)
+        self._tables = PageTables(memory, self._pages, self._cpu)
+        #: Where the guest's memory ends, bytes.
+        self._size = 0
         #: The guest-physical address of struct lguest_data, and the index of its first word; 0: before LGUEST_INIT.
         self._data = 0
         self._data_word = 0
@@ -127,8 +128,11 @@ class SoftHost(LguestHost):
 
     def initialize(self, pfn_limit: int, start: int, device_limit: int) -> None:
         """Makes the guest; see LguestHost."""
-        if not 0 < pfn_limit <= device_limit or device_limit << abi.PAGE_SHIFT != self._memory.size:
-            raise LguestError(f"a guest of {pfn_limit} and {device_limit} pages does not fit its memory")
+        if not 0 < pfn_limit <= min(device_limit, self._memory.size >> abi.PAGE_SHIFT):
+            raise LguestError(f"a guest of {pfn_limit} pages does not fit its memory, nor devices up to {device_limit}")
+        self._size = pfn_limit << abi.PAGE_SHIFT
+        self._cpu.set_memory_size(self._size)
+        self._tables.set_limits(pfn_limit, device_limit)
         self._pages.map_linear()
         self._pages.set_descriptor(abi.KERNEL_CS >> 3, *_FLAT_CODE)
         self._pages.set_descriptor(abi.KERNEL_DS >> 3, *_FLAT_DATA)
@@ -266,6 +270,7 @@ class SoftHost(LguestHost):
         address = self._cpu.fault_address
         self._fault = (address, error)
         if beyond:
+            self._tables.check_device(beyond)
             self._outcome = Pending(abi.PAGE_FAULT, self._instruction(), beyond)
             return
         if not error & 1 and self._tables.find(address):
@@ -483,7 +488,7 @@ class SoftHost(LguestHost):
         number, address = call[:2]
         if number != Hypercall.LGUEST_INIT:
             raise GuestDied(f"hypercall {_signed(number)} before INIT")
-        if address % 4 or address + abi.DATA_SIZE > self._memory.size:
+        if address % 4 or address + abi.DATA_SIZE > self._size:
             raise GuestDied(f"bad guest page {address:#x}")
         words, base = self._words, address // 4
         if words[base + abi.DATA_SYSCALL_VEC // 4] != abi.SYSCALL_VECTOR:
@@ -565,7 +570,7 @@ class SoftHost(LguestHost):
 
     def _read(self, address: int, length: int) -> bytes:
         """Guest memory. GuestDied: it has no such."""
-        if address + length > self._memory.size:
+        if address + length > self._size:
             raise GuestDied(f"bad read address {address:#x} len {length}")
         return bytes(self._view[address : address + length])
 

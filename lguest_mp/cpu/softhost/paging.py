@@ -15,7 +15,7 @@ and kills the guest when it is used, not before.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 from lguest_mp.cpu.lguest_host import GuestDied
 from lguest_mp.cpu.softhost.abi import DIRECTORY_SHIFT, PAGE_SHIFT, PAGE_SIZE, RESERVED_BASE, RESERVED_INDEX
@@ -28,6 +28,7 @@ _DIRECTORY_FLAGS = 0x67
 _FLAGS = 0xFFF
 _OFFSET = PAGE_SIZE - 1
 _TABLE_INDEX = 1023
+_BAD_ENTRY = "bad page table entry"
 
 _DIRECTORY_BYTES = 4 * RESERVED_INDEX
 #: A directory is checked as one number of 1023 lanes of 32 bits: this has a 1 in each.
@@ -36,28 +37,37 @@ _BAD_FLAGS = (_FLAGS & ~_DIRECTORY_FLAGS) * _LANES
 _PAGE_NUMBERS = 0xF_FFFF * _LANES
 
 
+class Tlb(Protocol):
+    """What the CPU keeps of translations."""
+
+    def flush(self) -> None:
+        """Forgets all."""
+
+    def flush_page(self, virtual: int) -> None:
+        """Forgets that of an address."""
+
+
 class PageTables:
     """The host's directory, kept after the guest's."""
 
-    def __init__(self, memory: GuestMemory, pages: HostPages, limit: int) -> None:
-        """``limit``: where the guest's memory ends, in pages."""
+    def __init__(self, memory: GuestMemory, pages: HostPages, tlb: Tlb) -> None:
         self._view = memory.view
         self._words = memory.view.cast("I")
         self._pages = pages
         self._directory = pages.directory
-        self._limit = limit
-        #: Brings the number of a page beyond the limit to 1 << 20.
-        self._excess = ((1 << 20) - limit) * _LANES
-        self._flush: Callable[[], None] = _nothing
-        self._flush_page: Callable[[int], None] = _nothing_of_a_page
+        self._flush, self._flush_page = tlb.flush, tlb.flush_page
+        self._limit = self._device_limit = self._excess = 0
         self._base: int | None = None
         self._copied = b""
         #: From here on all of the guest's directories are the same.
         self.kernel_address = 0
 
-    def connect(self, flush: Callable[[], None], flush_page: Callable[[int], None]) -> None:
-        """How the CPU forgets translations: all, or that of a virtual address."""
-        self._flush, self._flush_page = flush, flush_page
+    def set_limits(self, limit: int, device_limit: int) -> None:
+        """The guest's memory ends at page ``limit``; up to ``device_limit`` its page tables may lead to devices."""
+        self._limit = limit
+        self._device_limit = device_limit
+        #: Brings the number of a page beyond the limit to 1 << 20.
+        self._excess = ((1 << 20) - limit) * _LANES
 
     def new_directory(self, address: int) -> None:
         """NEW_PGTABLE: the directory at guest-physical ``address`` from now on. GuestDied: not in guest memory."""
@@ -105,10 +115,17 @@ class PageTables:
         """SET_PTE: the entry for ``virtual`` below the directory at ``address`` was changed. GuestDied."""
         if virtual >= RESERVED_BASE:
             raise GuestDied("attempt to access switcher pages")
-        if entry & _PRESENT and entry & (_ACCESSED | _DIRTY) and entry & _LARGE:
-            raise GuestDied("bad page table entry")
+        if entry & _PRESENT and entry & (_ACCESSED | _DIRTY):
+            if entry & _LARGE:
+                raise GuestDied(_BAD_ENTRY)
+            self.check_device(entry)
         if virtual >= self.kernel_address or address == self._base:
             self._flush_page(virtual)
+
+    def check_device(self, physical: int) -> None:
+        """A page table leads out of the guest's memory to ``physical``. GuestDied: nor is that where devices are."""
+        if physical >> PAGE_SHIFT >= self._device_limit:
+            raise GuestDied(_BAD_ENTRY)
 
     def _guest_entry(self, index: int) -> int:
         assert self._base is not None
@@ -153,11 +170,3 @@ class PageTables:
         if entry & table & wanted != wanted or entry >> PAGE_SHIFT >= self._limit:
             return None
         return entry & ~_FLAGS | virtual & _OFFSET
-
-
-def _nothing() -> None:
-    """Before the CPU is there."""
-
-
-def _nothing_of_a_page(_virtual: int) -> None:
-    """Before the CPU is there."""
