@@ -96,6 +96,8 @@ scene set_twice
         call    interrupts_on
         hypercall SET_CLOCKEVENT, "2 * MILLISECOND"
         hypercall SET_CLOCKEVENT, MILLISECOND
+1:      cmp     dword ptr ticks, 0
+        je      1b
         call    pass_time
         jmp     tell_ticks
 
@@ -138,6 +140,8 @@ scene blocked
         say     "\n"
         mov     dword ptr blocked_interrupts, 0
         hypercall SEND_INTERRUPTS
+1:      cmp     dword ptr ticks, 0      /* at once, if it was not late */
+        je      1b
         jmp     tell_ticks
 
 /* No interrupt comes between two instructions that are not to be interrupted. */
@@ -193,7 +197,7 @@ tell_interrupts:
         say     "\n"
         ret
 
-/* Two that wait are delivered lowest first: the timer's and the console's, whose output is done. */
+/* Two that wait are delivered lowest first: the timer's, and the console's, whose output is done. */
 scene order
         mov     eax, CONSOLE
         call    find_device
@@ -211,6 +215,9 @@ scene order
         add     eax, FIRST_IRQ
         mov     edx, offset tell_irq
         call    set_handler
+        hypercall SET_CLOCKEVENT, 1
+1:      cmp     dword ptr irq_pending, 0
+        je      1b
         mov     eax, queue + Q_RING
         describe eax, 0, "offset dots", 4, 0
         mov     eax, offset queue
@@ -218,15 +225,17 @@ scene order
         call    submit
         mov     eax, offset queue
         call    kick
-1:      cmp     dword ptr irq_pending, 0
-        je      1b
-        hypercall SET_CLOCKEVENT, 1
-        call    pass_time
-        say     "\n"
+        mov     eax, offset queue
+2:      call    is_used
+        je      2b
+        call    pass_time               /* in which its interrupt arrives */
         call    interrupts_on
+3:      cmp     dword ptr ticks, 2
+        jb      3b
         ret
 
 tell_irq:
+        inc     dword ptr ticks
         mov     eax, [ebp + F_VECTOR]
         sub     eax, FIRST_IRQ
         cmp     eax, TIMER
