@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from ownguests import lines_of
+from ownguests import lines_of, play
 
 # ---- hypercalls.s ----
 
@@ -126,6 +126,20 @@ def test_ports() -> None:
         *(f"out {operands}: 12345678" for operands in ("0x70,al", "0x70,ax", "0x70,eax", "dx,al", "dx,ax", "dx,eax")),
         "after cli: 200",
     ]
+
+
+@pytest.mark.parametrize(
+    ("guest", "touched", "faults"),
+    [
+        ("traps", ["0x4ff000", "0x4ff003"], ["trap 14 error 0 address 4ff000", "trap 14 error 2 address 4ff003"]),
+        ("paging", ["0x4ff010"], ["trap 14 error 0 address 40000010"]),
+    ],
+)
+def test_registers_of_no_device(guest: str, touched: list[str], faults: list[str]) -> None:
+    ended = play(guest, "registers")
+    assert ended.status == 0
+    assert ended.lines[-1 - len(faults) :] == [*faults, "alive"]
+    assert ended.said == [f"lguest: MMIO touching {address} (not a device)" for address in touched]
 
 
 # ---- paging.s ----
