@@ -363,7 +363,6 @@ kernel_address:
         .long   0xc0000000
         .long   SYSCALL
 
-        .globl  print_function
 print_function:
         .long   print_early
 number:
@@ -378,7 +377,6 @@ memory_end:                             /* where the page with the devices' desc
 handlers:                               /* by vector */
         .skip   (SYSCALL + 1) * 4
         .balign 16
-stack_bottom:
         .skip   8192
 stack_top:
 

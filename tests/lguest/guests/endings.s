@@ -9,7 +9,6 @@
         .set LARGE, 0x80
         .set WINDOW, 0x40000000
         .set NOWHERE, 0x30000000        /* more memory than our guests have */
-        .set ENTRY, 20
 
 scene off
         ret

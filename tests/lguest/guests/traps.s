@@ -90,9 +90,8 @@ scene forbidden
         .macro  input instruction:vararg
         mov     eax, 0x12345678
         mov     edx, 0x5678abcd         /* of which the lower half is the port */
-        mov     esi, offset 993f
         \instruction
-993:    say_hex "\instruction: ", eax
+        say_hex "\instruction: ", eax
         say     "\n"
         .endm
 

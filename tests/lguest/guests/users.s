@@ -162,7 +162,6 @@ on_tick:
 /* A page of the user's that comes when it is touched. */
 scene user_page_fault
         call    use_tables
-        mov     eax, low_table + 0
         mov     ecx, offset user_lazy
         shr     ecx, 12
         mov     dword ptr low_table[ecx*4], 0
