@@ -13,7 +13,15 @@ DEMO = Path(__file__).parent.parent.parent / "tools" / "demo"
 def test_without_a_terminal_it_shows_the_guest_and_switches_it_off() -> None:
     finished = subprocess.run([DEMO], check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    for shown in ("block at PCI", "entropy at PCI", "/mnt", "virtio_rng.0", "10.0.2.15/24", "bytes from 10.0.2.2", "lguest[demo] block0/requestq"):
+    for shown in (
+        "block at PCI",
+        "entropy at PCI",
+        "/mnt",
+        "virtio_rng.0",
+        "10.0.2.15/24",
+        "bytes from 10.0.2.2",
+        "lguest[demo] block0/requestq",
+    ):
         assert shown in finished.stdout
 
 

@@ -10,6 +10,7 @@ import os
 import random
 import socket
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -34,6 +35,8 @@ _IDLE_SECONDS = 10.0
 _SETTLE_SECONDS = 3.0
 #: The agent listens on the serial port, so that both guests speak over the same kind of device.
 _ARGUMENTS = ("quiet", "agent=ttyS0", "load=virtio_pci,virtio_blk")
+
+_GUESTS = Path(__file__).resolve().parents[2] / "tests" / "lguest" / "guests"
 
 AnyGuest = Guest | QemuGuest
 
@@ -270,12 +273,28 @@ class _End:
         return packets, interrupts
 
 
+def hypercalls(bench: Bench) -> Iterator[Row]:
+    """What an lguest guest's hypercalls cost, by a guest of the tests' that does nothing else."""
+    command = [*bench.launcher, "4", str(_GUESTS / "speed.elf"), "costs"]
+    rounds = []
+    for _ in range(bench.rounds):
+        shown = subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout
+        counts = {name: int(count) for name, count in (line.split() for line in shown.splitlines())}
+        khz = counts.pop("tsc_khz")
+        rounds.append({name: count / khz * 1000 for name, count in counts.items()})
+    for name in rounds[0]:
+        costs = tuple(costs[name] for costs in rounds)
+        yield Row(f"hypercall {name}", "us", costs)
+        yield Row("- per second", "", tuple(1e6 / cost for cost in costs), more_is_better=True)
+
+
 MEASURES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "boot": boot,
     "reads": reads,
     "net": net,
     "idle": idle,
     "memory": memory,
+    "hypercalls": hypercalls,
 }
 
 
