@@ -27,12 +27,13 @@ import signal
 import struct
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from lguest_mp.abort import AbortKeys
 from lguest_mp.errors import DeviceProtocolError
-from lguest_mp.virtio import vectors
+from lguest_mp.virtio import serving, vectors
 from lguest_mp.virtio.device import Device, DeviceId
+from lguest_mp.virtio.serving import Losses
 
 if TYPE_CHECKING:
     from lguest_mp.virtio.queue import Queue
@@ -97,7 +98,7 @@ class Console(Device):
                 length = _read(self._input, views[: vectors.IOV_MAX])
                 if not length:
                     context.log(f"{self.name}: end of input")
-                    _sleep_for_ever()
+                    serving.sleep_for_ever()
                 if keys.typed(length, views[0][0]):
                     context.interrupt_guest()
             queue.push(chain, length)
@@ -105,15 +106,14 @@ class Console(Device):
             queue.flush()
 
     def _transmit(self, queue: Queue, context: WorkerContext) -> None:
-        told: set[int] = set()
+        losses = Losses(self.name, context.log)
         while True:
             chain = queue.wait()
             if chain.writable_ranges:
                 raise DeviceProtocolError("5.3.6.1", "a device-writable buffer in transmitq")
             error = _write(self._output, chain.readable)
-            if error and error not in told:
-                context.log(f"{self.name}: output is lost: {os.strerror(error)}")
-                told.add(error)
+            if error:
+                losses.note(error, f"output is lost: {os.strerror(error)}")
             queue.push(chain, 0)
             # Linux polls for the completion of every buffer; the next write may take long.
             queue.flush()
@@ -163,8 +163,3 @@ def _in_background(fd: int) -> bool:
         return os.tcgetpgrp(fd) != os.getpgrp()
     except OSError:
         return False
-
-
-def _sleep_for_ever() -> NoReturn:
-    while True:
-        signal.pause()

@@ -26,19 +26,19 @@ with ``offload=``.
 
 from __future__ import annotations
 
-import signal
 import struct
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from lguest_mp.errors import DeviceProtocolError
 from lguest_mp.network import header, offload
 from lguest_mp.network.header import NetFeature
 from lguest_mp.network.wire import LONGEST_FRAME, WireGone
-from lguest_mp.virtio import vectors
+from lguest_mp.virtio import serving, vectors
 from lguest_mp.virtio.device import Device, DeviceId, Feature
+from lguest_mp.virtio.serving import Losses
 
 if TYPE_CHECKING:
     from lguest_mp.network.wire import Wire
@@ -148,25 +148,11 @@ class Net(Device):
         self.wire.close()
 
 
-class _Losses:
-    """Tells the user why frames are lost: of each kind the first one. A guest must not be able to make up kinds."""
-
-    def __init__(self, net: Net, context: WorkerContext) -> None:
-        self._name = net.name
-        self._log = context.log
-        self._told: set[str | int | None] = set()
-
-    def note(self, kind: str | int | None, reason: str) -> None:
-        if kind not in self._told:
-            self._told.add(kind)
-            self._log(f"{self._name}: {reason}")
-
-
 def _transmit(net: Net, queue: Queue, context: WorkerContext, header_size: int) -> None:
     """Puts what the guest sends on the wire, frame by frame."""
     write = net.wire.write
     skipped = 0 if net.wire.has_header else header_size
-    losses = _Losses(net, context)
+    losses = Losses(net.name, context.log)
     while True:
         chain = queue.wait()
         if chain.writable_ranges:
@@ -197,7 +183,7 @@ class _Receiver:
         self._wire = net.wire
         self._queue = queue
         self._context = context
-        self._losses = _Losses(net, context)
+        self._losses = Losses(net.name, context.log)
         self._header_size = header_size
         #: How much of a header the wire does not have.
         self._missing = 0 if net.wire.has_header else header_size
@@ -224,7 +210,7 @@ class _Receiver:
             self._queue.flush()
             self._on_status(is_up=False)
             self._context.log(f"{self._net.name}: {reason}")
-            _sleep_for_ever()
+            serving.sleep_for_ever()
 
     def _next_frame(self) -> None:
         """Takes a frame from the wire, or waits until there is one."""
@@ -403,8 +389,3 @@ def _copy(views: Iterable[memoryview], length: int) -> bytes:
         if not length:
             break
     return b"".join(parts)
-
-
-def _sleep_for_ever() -> NoReturn:
-    while True:
-        signal.pause()

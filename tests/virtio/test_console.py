@@ -17,7 +17,7 @@ import pytest
 from mockdriver import HANGS, Context, DriverFactory, Idle, MockDriver
 
 from lguest_mp.errors import DeviceProtocolError
-from lguest_mp.virtio import console
+from lguest_mp.virtio import console, serving
 from lguest_mp.virtio.console import RECEIVEQ, TRANSMITQ, Console
 from lguest_mp.virtio.device import DeviceId
 from lguest_mp.virtio.queue import Queue
@@ -34,7 +34,7 @@ def sleepless(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def end() -> None:
         raise Ended
 
-    monkeypatch.setattr(console, "_sleep_for_ever", end)
+    monkeypatch.setattr(serving, "sleep_for_ever", end)
     before = signal.getsignal(signal.SIGTTIN)
     yield
     signal.signal(signal.SIGTTIN, before)

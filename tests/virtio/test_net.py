@@ -16,6 +16,7 @@ from lguest_mp.memory import GuestMemory
 from lguest_mp.network.header import HEADER, LENGTH, NetFeature
 from lguest_mp.network.wire import LONGEST_FRAME, WireGone
 from lguest_mp.virtio import net as net_module
+from lguest_mp.virtio import serving
 from lguest_mp.virtio.device import Feature
 from lguest_mp.virtio.net import OFFLOADS, RECEIVEQ, S_LINK_UP, STATUS_OFFSET, TRANSMITQ, Net
 
@@ -35,7 +36,7 @@ def _no_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     def asleep() -> None:
         raise Asleep
 
-    monkeypatch.setattr(net_module, "_sleep_for_ever", asleep)
+    monkeypatch.setattr(serving, "sleep_for_ever", asleep)
     monkeypatch.setattr(net_module, "_AFTER_FAILURE", 0)
     monkeypatch.setattr(net_module, "_SHORTAGE", 0)
 
