@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lguest_mp.codemap import WriteWatch
     from lguest_mp.config import GuestConfig, NetConfig
     from lguest_mp.cpu.engine import EntryState
+    from lguest_mp.jail import User
     from lguest_mp.machine.wiring import DevicePort
     from lguest_mp.memory import GuestMemory
     from lguest_mp.virtio.device import Device, QueueLayout
@@ -82,12 +83,14 @@ class Parts:
     being loaded; only when the guest is to be confined the supervisor calls it first. ``make_queue`` is called in a
     worker, everything else in the supervisor before anything is forked; LguestError when it cannot be done.
 
+    ``open_devices`` is told who the workers will be (``--username``; None: who we are).
+
     ``device_memory``: how many bytes of guest memory behind the RAM are for devices. ``machine_files``: what the
     machine process keeps open for itself.
     """
 
     read_kernel: Callable[[GuestConfig], Kernel]
-    open_devices: Callable[[GuestConfig], list[Device]]
+    open_devices: Callable[[GuestConfig, User | None], list[Device]]
     make_watches: Callable[[GuestMemory, int], WriteWatches | None]
     make_queue: QueueMaker
     load_machine: Callable[[], MachineBody]
@@ -160,11 +163,11 @@ def _lguest(
     )
 
 
-def _open_lguest_devices(config: GuestConfig) -> list[Device]:
+def _open_lguest_devices(config: GuestConfig, user: User | None) -> list[Device]:
     """The same devices, if the descriptor page has room for them."""
     from lguest_mp.bus.lguest_page import plan  # noqa: PLC0415
 
-    devices = _open_virtio_devices(config)
+    devices = _open_virtio_devices(config, user)
     try:
         plan(devices, config.memory)
     except BaseException:
@@ -174,7 +177,7 @@ def _open_lguest_devices(config: GuestConfig) -> list[Device]:
     return devices
 
 
-def _open_virtio_devices(config: GuestConfig) -> list[Device]:
+def _open_virtio_devices(config: GuestConfig, user: User | None) -> list[Device]:
     """The console, which every guest has, and then the command line's devices in its order."""
     from lguest_mp import terminal  # noqa: PLC0415
     from lguest_mp.config import BlockConfig, NetConfig, RngConfig  # noqa: PLC0415
@@ -195,7 +198,7 @@ def _open_virtio_devices(config: GuestConfig) -> list[Device]:
                 case RngConfig():
                     devices.append(Rng(f"rng{number}"))
                 case NetConfig():
-                    devices.append(_open_net(config, wanted, number))
+                    devices.append(_open_net(config, wanted, number, user))
     except BaseException:
         for device in devices:
             device.close()
@@ -203,14 +206,14 @@ def _open_virtio_devices(config: GuestConfig) -> list[Device]:
     return devices
 
 
-def _open_net(config: GuestConfig, wanted: NetConfig, number: int) -> Device:
+def _open_net(config: GuestConfig, wanted: NetConfig, number: int, user: User | None) -> Device:
     from lguest_mp.network import mac  # noqa: PLC0415 -- most guests have no network
     from lguest_mp.network.opening import open_wire  # noqa: PLC0415
     from lguest_mp.virtio.net import Net  # noqa: PLC0415
 
     name = f"net{number}"
     address = wanted.mac or mac.default(config.name, number)
-    wire, mtu = open_wire(config, wanted, name, address)
+    wire, mtu = open_wire(wanted, config.name, name, address, user)
     return Net(name, wire, address, mtu, offload=wanted.offload)
 
 

@@ -83,7 +83,7 @@ def open_all(config: GuestConfig, parts: Parts) -> Resources:
     """Opens what ``config`` asks for, or raises LguestError. The cheap checks come first."""
     confinement = jail.prepare(config.username, config.chroot)
     with ExitStack() as opened:
-        devices = parts.open_devices(config)
+        devices = parts.open_devices(config, confinement.user)
         for device in devices:
             opened.callback(device.close)
         if not confinement.is_empty:

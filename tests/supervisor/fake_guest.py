@@ -24,6 +24,7 @@ from lguest_mp import cli, protocol
 from lguest_mp.config import GuestConfig
 from lguest_mp.cpu.engine import EntryState
 from lguest_mp.errors import DeviceProtocolError, LguestError
+from lguest_mp.jail import User
 from lguest_mp.machine.wiring import DevicePort
 from lguest_mp.memory import GuestMemory
 from lguest_mp.protocol import DeviceReset, DriverReady, QueueReady, QueueReset
@@ -458,7 +459,7 @@ SCENARIOS: dict[str, Callable[[Machine], None]] = {
 def parts(scenario: str) -> Parts:
     """The parts of a guest that acts this scenario."""
 
-    def open_devices(config: GuestConfig) -> list[Device]:
+    def open_devices(config: GuestConfig, user: User | None) -> list[Device]:
         return [
             FakeConsole("console", ("receiveq", "transmitq")),
             FakeDevice("block0", ("requestq",)),

@@ -46,9 +46,9 @@ def test_too_many_devices_are_found_before_anything_is_forked(tmp_path: Path) ->
         disks.append(BlockConfig(path))
     config = GuestConfig("test", 16 << 20, DEMO, devices=tuple(disks))
     with pytest.raises(LguestError, match=r"^too many devices: they have 32 queues"):
-        parts.of(config).open_devices(config)
+        parts.of(config).open_devices(config, None)
     # And nothing is left of them: they can be opened again.
-    for device in parts.pc().open_devices(config):
+    for device in parts.pc().open_devices(config, None):
         device.close()
 
 
