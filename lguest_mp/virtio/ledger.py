@@ -1,0 +1,122 @@
+"""What outlives a worker, besides guest memory: a page for each queue, on which its worker keeps account.
+
+A worker may be killed between any two instructions, and its successor has to go on where it stopped. The rings say
+which buffers are completed, but only as far as they are published; how far the worker was beyond that, and whether it
+held something of the host's that cannot be had again, stands here. The supervisor makes a ledger for every queue before
+anything is forked; a worker inherits its own queue's and no other's, and the guest has none.
+
+Whoever writes a field does so by one store, and each field is true by itself at any moment. All are 64 bits wide:
+
+- :data:`PROGRESS` is what a successor goes by. In it, from the low end: 16 bits, the index of the used ring up to which
+  buffers are completed, perhaps not published (see ``Queue.push``); 16 bits, 1 where that says anything at all; 20 bits,
+  how much the worker has taken from the host into the next buffers without having completed them (a frame, typed
+  characters), 0 for nothing; 12 bits, a number of the device's own that goes with it.
+- :data:`PHASE`, :data:`REQUESTS`, :data:`BYTES`, :data:`MOMENT` are for whoever watches. They count for the life of the
+  guest, whoever serves the queue.
+
+The rest of the ledger is ``scratch``: memory for what the device does not want to lose with its worker.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+
+from lguest_mp.memory import PAGE_SIZE
+
+PROGRESS = 0
+#: What the worker does now, a :class:`Phase`.
+PHASE = 1
+#: How many requests it has completed, and how many bytes of data were in them.
+REQUESTS = 2
+BYTES = 3
+#: When it last published some (nanoseconds of CLOCK_MONOTONIC), 0: never.
+MOMENT = 4
+_FIELDS = 5
+
+_VALID = 1 << 16
+TAKEN_SHIFT = 32
+TAKEN_LIMIT = 1 << 20
+MARK_SHIFT = 52
+MARK_LIMIT = 1 << 12
+
+#: Room for the longest frame, and more; costs nothing before it is used.
+SCRATCH = 128 << 10
+
+
+class Phase(IntEnum):
+    """What a worker does."""
+
+    #: It waits for the driver.
+    IDLE = 0
+    #: It works on a buffer.
+    SERVING = 1
+    #: It waits for something that may not come for long: input, a terminal that takes output.
+    WAITING = 2
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a ledger says at one moment. ``moment`` is None before the first request."""
+
+    phase: Phase
+    progress: int
+    requests: int
+    bytes: int
+    moment: float | None
+
+
+class Ledger:
+    """One queue's."""
+
+    def __init__(self) -> None:
+        self._mapping = mmap.mmap(-1, PAGE_SIZE + SCRATCH, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+        self._mapping.madvise(mmap.MADV_DONTFORK)
+        view = memoryview(self._mapping)
+        #: The fields, to be read and written by their numbers.
+        self.fields = view[: 8 * _FIELDS].cast("Q")
+        #: Bytes for the device.
+        self.scratch = view[PAGE_SIZE:]
+
+    @contextmanager
+    def inherited(self) -> Iterator[None]:
+        """What is forked within it has this ledger, too. Any other child must not touch it."""
+        self._mapping.madvise(mmap.MADV_DOFORK)
+        try:
+            yield
+        finally:
+            self._mapping.madvise(mmap.MADV_DONTFORK)
+
+    def open(self) -> None:
+        """The queue is a new one: nothing in its rings is anybody's yet."""
+        self.fields[PROGRESS] = 0
+        self.fields[PHASE] = Phase.SERVING
+
+    def account(self) -> Account:
+        """What it says now. What does not make sense, as of a worker that is not itself any more, is taken for work."""
+        phase, moment = self.fields[PHASE], self.fields[MOMENT]
+        return Account(
+            Phase(phase) if phase <= Phase.WAITING else Phase.SERVING,
+            self.fields[PROGRESS],
+            self.fields[REQUESTS],
+            self.fields[BYTES],
+            moment / 1e9 if moment else None,
+        )
+
+
+def progress(done: int) -> int:
+    """The value of PROGRESS for buffers completed up to ``done``, and nothing taken."""
+    return done | _VALID
+
+
+def done(progress: int) -> int | None:
+    """Up to where buffers are completed; None: it does not say."""
+    return progress & 0xFFFF if progress & _VALID else None
+
+
+def taken(progress: int) -> tuple[int, int]:
+    """How many bytes were taken from the host and not completed, and the device's number with it."""
+    return progress >> TAKEN_SHIFT & TAKEN_LIMIT - 1, progress >> MARK_SHIFT & MARK_LIMIT - 1
