@@ -198,10 +198,10 @@ class _Server:
         queue = self._queue
         while True:
             chain = queue.wait()
-            queue.push(chain, self._request(chain))
+            queue.push(chain, *self._request(chain))
 
-    def _request(self, chain: Chain) -> int:
-        """Serves one request; the length of the buffer's writable part, all of which is written."""
+    def _request(self, chain: Chain) -> tuple[int, int]:
+        """Serves one request: the length of the buffer's writable part, all of which is written, and of its data."""
         memory = chain.memory
         outgoing = chain.readable_ranges
         incoming = chain.writable_ranges
@@ -215,14 +215,15 @@ class _Server:
             kind, sector, outgoing = _cut_header(memory, outgoing)
             status_byte, incoming = _cut_status(incoming)
 
-        filled = 0
+        filled = given = 0
         room = _size(incoming)
         status = S_OK
         try:
             if (fill := self._fills.get(kind)) is not None:
                 filled = fill(sector, _views(memory, incoming), room)
             elif (take := self._takes.get(kind)) is not None:
-                take(sector, _views(memory, outgoing), _size(outgoing))
+                given = _size(outgoing)
+                take(sector, _views(memory, outgoing), given)
             else:
                 status = S_UNSUPP
         except _Refused as refusal:
@@ -233,7 +234,7 @@ class _Server:
         if filled < room:
             _clear(_views(memory, _split(incoming, filled)[1]))
         memory[status_byte] = status
-        return room + 1
+        return room + 1, filled + given
 
     def _in(self, sector: int, views: list[memoryview], size: int) -> int:
         position = self._position(sector, size)

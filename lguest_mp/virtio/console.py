@@ -44,6 +44,8 @@ VIRTIO_CONSOLE_F_SIZE = 1 << 0
 RECEIVEQ = 0
 TRANSMITQ = 1
 
+#: How much is read at once at the most, bytes.
+LONGEST_READ = 64 << 10
 #: How often, in seconds, a launcher in the background looks whether it came to the foreground.
 FOREGROUND_CHECK = 0.5
 
@@ -88,22 +90,39 @@ class Console(Device):
     def _receive(self, queue: Queue, context: WorkerContext) -> None:
         signal.signal(signal.SIGTTIN, signal.SIG_IGN)
         keys = AbortKeys()
+        length, _ = queue.taken
         while True:
             chain = queue.wait()
             if chain.readable_ranges:
                 raise DeviceProtocolError("5.3.6.1", "a device-readable buffer in receiveq")
-            views = [view for view in chain.writable if view]
-            length = 0
-            if views:
-                length = _read(self._input, views[: vectors.IOV_MAX])
+            views = _beginning(chain.writable)
+            if views and not length:
+                # This may take hours.
+                queue.is_waiting(True)
+                length = queue.take(self._read, views)
+                queue.is_waiting(False)
                 if not length:
                     context.log(f"{self.name}: end of input")
-                    serving.sleep_for_ever()
+                    serving.sleep_for_ever(queue)
                 if keys.typed(length, views[0][0]):
                     context.interrupt_guest()
             queue.push(chain, length)
-            # The next read may take hours.
+            length = 0
             queue.flush()
+
+    def _read(self, views: Sequence[memoryview]) -> int:
+        """What is typed, as soon as something is: how many bytes were read into ``views``, 0 at the end of input."""
+        fd = self._input
+        while True:
+            try:
+                return os.readv(fd, views)
+            except BlockingIOError:
+                _wait(fd, select.POLLIN)
+            except OSError:
+                # EIO: no terminal any more, or not ours now. Whatever else it is, nothing will come from there.
+                if not _in_background(fd):
+                    return 0
+                time.sleep(FOREGROUND_CHECK)
 
     def _transmit(self, queue: Queue, context: WorkerContext) -> None:
         losses = Losses(self.name, context.log)
@@ -111,10 +130,13 @@ class Console(Device):
             chain = queue.wait()
             if chain.writable_ranges:
                 raise DeviceProtocolError("5.3.6.1", "a device-writable buffer in transmitq")
-            error = _write(self._output, chain.readable)
+            views = chain.readable
+            queue.is_waiting(True)
+            error = _write(self._output, views)
+            queue.is_waiting(False)
             if error:
                 losses.note(error, f"output is lost: {os.strerror(error)}")
-            queue.push(chain, 0)
+            queue.push(chain, 0, vectors.total(views))
             # Linux polls for the completion of every buffer; the next write may take long.
             queue.flush()
 
@@ -124,18 +146,18 @@ def _size(columns: int, rows: int) -> bytes:
     return struct.pack("<HH", min(columns, 0xFFFF), min(rows, 0xFFFF))
 
 
-def _read(fd: int, views: Sequence[memoryview]) -> int:
-    """What is typed, as soon as something is: how many bytes were read into ``views``, 0 at the end of input."""
-    while True:
-        try:
-            return os.readv(fd, views)
-        except BlockingIOError:
-            _wait(fd, select.POLLIN)
-        except OSError:
-            # EIO: no terminal any more, or not ours now. Whatever else it is, nothing will come from there.
-            if not _in_background(fd):
-                return 0
-            time.sleep(FOREGROUND_CHECK)
+def _beginning(views: Sequence[memoryview]) -> list[memoryview]:
+    """As much of the beginning of ``views`` as is read at once, pieces of no bytes left out."""
+    beginning: list[memoryview] = []
+    left = LONGEST_READ
+    for view in views:
+        part = view[:left]
+        if part:
+            beginning.append(part)
+            left -= len(part)
+        if not left or len(beginning) == vectors.IOV_MAX:
+            break
+    return beginning
 
 
 def _write(fd: int, views: Sequence[memoryview]) -> int:

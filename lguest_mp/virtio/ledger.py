@@ -7,10 +7,10 @@ anything is forked; a worker inherits its own queue's and no other's, and the gu
 
 Whoever writes a field does so by one store, and each field is true by itself at any moment. All are 64 bits wide:
 
-- :data:`PROGRESS` is what a successor goes by. In it, from the low end: 16 bits, the index of the used ring up to which
-  buffers are completed, perhaps not published (see ``Queue.push``); 16 bits, 1 where that says anything at all; 20 bits,
-  how much the worker has taken from the host into the next buffers without having completed them (a frame, typed
-  characters), 0 for nothing; 12 bits, a number of the device's own that goes with it.
+- :data:`PROGRESS` is what a successor goes by. In it, from the low end: 16 bits, the index of the used ring up to
+  which buffers are completed, perhaps not published (see ``Queue.push``); 16 bits, 1 where that says anything at all;
+  20 bits, how much the worker has taken from the host into the next buffers without having completed them (a frame,
+  typed characters), 0 for nothing; 12 bits, a number of the device's own that goes with it.
 - :data:`PHASE`, :data:`REQUESTS`, :data:`BYTES`, :data:`MOMENT` are for whoever watches. They count for the life of the
   guest, whoever serves the queue.
 
@@ -38,6 +38,7 @@ MOMENT = 4
 _FIELDS = 5
 
 _VALID = 1 << 16
+_COUNTS_LIMIT = 1 << 63
 TAKEN_SHIFT = 32
 TAKEN_LIMIT = 1 << 20
 MARK_SHIFT = 52
@@ -94,6 +95,11 @@ class Ledger:
         """The queue is a new one: nothing in its rings is anybody's yet."""
         self.fields[PROGRESS] = 0
         self.fields[PHASE] = Phase.SERVING
+
+    def counts(self) -> tuple[int, int]:
+        """Requests and bytes, to go on counting; from 0 where they would run over soon, which no honest worker's do."""
+        requests, count = self.fields[REQUESTS], self.fields[BYTES]
+        return (requests, count) if max(requests, count) < _COUNTS_LIMIT else (0, 0)
 
     def account(self) -> Account:
         """What it says now. What does not make sense, as of a worker that is not itself any more, is taken for work."""

@@ -172,7 +172,7 @@ def _transmit(net: Net, queue: Queue, context: WorkerContext, header_size: int) 
             losses.note(error.errno, f"packets to the network are lost: {error.strerror}")
         except WireGone:
             pass  # the receiveq's worker says so, to the user and to the guest
-        queue.push(chain, 0)
+        queue.push(chain, 0, length)
 
 
 class _Receiver:
@@ -198,11 +198,12 @@ class _Receiver:
         self._is_short = False
         #: How many frames were lost here.
         self._lost = 0
-        #: For what does not fit.
-        self._spill = memoryview(bytearray(LONGEST_FRAME))
+        #: For what does not fit; a successor finds it there.
+        self._spill = queue.scratch[:LONGEST_FRAME]
 
     def serve(self) -> None:
         self._on_status(self._wire.is_up())
+        self._deliver_inherited()
         try:
             while True:
                 self._next_frame()
@@ -210,28 +211,46 @@ class _Receiver:
             self._queue.flush()
             self._on_status(is_up=False)
             self._context.log(f"{self._net.name}: {reason}")
-            serving.sleep_for_ever()
+            serving.sleep_for_ever(self._queue)
+
+    def _deliver_inherited(self) -> None:
+        """The frame that a predecessor had read and not delivered when it ended."""
+        length, buffers = self._queue.taken
+        while len(self._held) < buffers:
+            chain = self._queue.pop()
+            if chain is None:  # the driver took back what it had made available
+                return
+            self._hold(chain)
+        if length:
+            self._expected = buffers
+            self._on_frame(*self._where(), length)
 
     def _next_frame(self) -> None:
         """Takes a frame from the wire, or waits until there is one."""
         queue = self._queue
         views, buffers = self._where()
         try:
-            length = self._wire.read(views)
+            length = queue.take(self._wire.read, views, buffers)
         except BlockingIOError:
             queue.flush()
+            queue.is_waiting(True)
             self._wire.wait(self._on_status)
+            queue.is_waiting(False)
         except OSError as error:
             queue.flush()
             self._losses.note(error.errno, f"packets from the network are lost: {error.strerror}")
             time.sleep(_AFTER_FAILURE)
         else:
-            if self._wire.is_suspect:
-                self._on_suspect_frame(views, length, buffers)
-            else:
-                self._deliver(length + self._missing, buffers)
-            if queue.unpublished >= _BATCH:
-                queue.publish()
+            self._on_frame(views, buffers, length)
+
+    def _on_frame(self, views: list[memoryview], buffers: int, length: int) -> None:
+        """A frame of ``length`` bytes lies in ``views``, which are those of ``buffers`` buffers and the spill."""
+        if self._wire.is_suspect:
+            self._on_suspect_frame(views, length, buffers)
+        else:
+            self._deliver(length + self._missing, buffers)
+        if self._queue.unpublished >= _BATCH:
+            self._queue.publish()
 
     # ---- Buffers ----
 
@@ -349,6 +368,8 @@ class _Receiver:
         except offload.Nonsense as reason:
             self._lose("nonsense", f"a packet is lost: {reason}")
             return
+        # From here on it lies nowhere as a whole. If this worker is killed now, what is not delivered of it is lost.
+        self._queue.forget_taken()
         for frame in frames:
             self._spill[:size] = _ZEROES[:size]
             self._spill[size : size + len(frame)] = frame

@@ -34,12 +34,15 @@ An engine that keeps translations of guest code adds a third thing: what a worke
 may find the used index by polling. So data comes first, then the ``watch`` is told which bytes were written and sees to
 it that no stale translation is left (``codemap.py``), and only then the used ring moves.
 
-**A worker may be killed at any instruction and replaced.** All that another Queue on the same rings needs is in guest
-memory: the used index says how many buffers are completed, buffers are completed in the order in which they were made
-available (``push`` in the order of ``pop``, always), so the ones that were taken and not completed are simply the next
-ones. A new Queue looks at the available ring before it sleeps, which makes up for a notification that was lost with
-the old worker. An interrupt may be lost with it too, and whoever replaces a worker makes up for that: one more is
-harmless. After a reset the driver has cleared the rings, the used index is 0, and this is an ordinary start.
+**A worker may be killed at any instruction and replaced.** Another Queue on the same rings and the same ledger goes on
+where it stopped (:meth:`Queue._take_over`). Buffers are completed in the order in which they were made available
+(``push`` in the order of ``pop``, always). So the used index says how many are published, the ledger how many more
+are completed (their entries in the used ring are written by ``push``; the driver does not look beyond the index), and
+the next one is the one that the old worker was at: it is served again, all others once. What the old worker had taken
+of the host's for it, and could not be had again, stands in the ledger too (:meth:`Queue.take`, :attr:`Queue.taken`).
+A notification that was lost is made up for by looking at the available ring before sleeping, and an interrupt by one
+more, which is harmless. After a reset the driver has cleared the rings, the ledger is blank, and this is an ordinary
+start.
 
 **Assumptions**: a little-endian host with x86's memory order; guest memory is mapped and outlives the queue; ``kick``
 and ``call`` are blocking eventfds that are no semaphores, and ``call`` is read by somebody (or not written 2**64
@@ -59,8 +62,9 @@ from typing import TYPE_CHECKING
 
 from lguest_mp.errors import DeviceProtocolError, GuestAddressError
 from lguest_mp.memory import GuestMemory
-from lguest_mp.virtio import fence
+from lguest_mp.virtio import fence, ledger
 from lguest_mp.virtio.device import Feature, QueueLayout
+from lguest_mp.virtio.ledger import Ledger, Phase
 
 if TYPE_CHECKING:
     from lguest_mp.codemap import WriteWatch
@@ -88,6 +92,7 @@ CACHED = 64
 #: As plain numbers: an operation on flags makes a new flag of them, 70 KiB for a worker.
 _EVENT_IDX = int(Feature.RING_EVENT_IDX)
 _INDIRECT_DESC = int(Feature.RING_INDIRECT_DESC)
+_IDLE, _SERVING, _WAITING = int(Phase.IDLE), int(Phase.SERVING), int(Phase.WAITING)
 
 #: One descriptor: address, length, flags, next.
 _read_descriptor = struct.Struct("<QIHH").unpack_from
@@ -135,7 +140,8 @@ class Queue:
     """One split virtqueue, served by this process.
 
     ``layout`` and ``features`` are the driver's choice; ``kick`` and ``call`` the two eventfds (the driver's
-    notifications, and our interrupts). DeviceProtocolError when the rings cannot be where the driver put them.
+    notifications, and our interrupts). ``account`` is what a predecessor left, or a ledger of its own.
+    DeviceProtocolError when the rings cannot be where the driver put them.
     """
 
     def __init__(  # noqa: PLR0917 -- what a queue consists of
@@ -146,6 +152,7 @@ class Queue:
         kick: int,
         call: int,
         watch: WriteWatch | None = None,
+        account: Ledger | None = None,
     ) -> None:
         size = layout.size
         if not 0 < size <= MAX_QUEUE_SIZE or size & (size - 1):
@@ -182,10 +189,46 @@ class Queue:
         #: The next entry of the available ring that is taken, and how far it is known to be filled.
         self._next_available = self._used_index
         self._seen_available = self._used_index
-        #: Used ring entries that are not published yet, and what was written for them (with a watch only).
-        self._completed: list[int] = []
+        #: Up to where buffers are completed: their entries are in the used ring, which the driver finds when it moves.
+        self._done = self._used_index
+        #: What was written for those that are not published yet (with a watch only).
         self._written: list[tuple[int, int]] = []
+
+        account = account or Ledger()
+        self._fields = account.fields
+        self._requests, self._bytes = account.counts()
+        #: Memory of the device's that outlives this process.
+        self.scratch = account.scratch
+        #: What a predecessor had taken of the host's for the next buffers, and its number for it; see :meth:`take`.
+        self.taken = (0, 0)
         self._suppress_notifications()
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """Goes on where a predecessor was killed: publishes what it had completed, and interrupts in its place."""
+        said = self._fields[ledger.PROGRESS]
+        done = ledger.done(said)
+        if done is None:
+            return
+        # A driver can write the used index and the used ring. It harms nobody but itself: whatever does not fit is
+        # not taken for completed, and served (again).
+        unpublished = (done - self._used_index) & 0xFFFF
+        if unpublished <= self.size and all(self._complete_again() for _ in range(unpublished)):
+            self.taken = ledger.taken(said)
+        self.publish()
+        self._signalled = self._used_index
+        os.eventfd_write(self._call, 1)
+
+    def _complete_again(self) -> bool:
+        """Takes the next buffer for completed, as its entry in the used ring says; False if that is another's."""
+        index = self._next_available
+        head, written = _halves(self._used_ring[index & (self.size - 1)])
+        chain = self.pop()
+        if chain is None or chain.head != head:
+            self._next_available = index
+            return False
+        self._complete(chain, written)
+        return True
 
     def wait(self) -> Chain:
         """The next buffer; publishes and sleeps until there is one."""
@@ -209,6 +252,10 @@ class Queue:
                 return None
             self._sleep(left)
 
+    def is_waiting(self, waiting: bool) -> None:
+        """Tells those who watch that this worker waits for the host, perhaps for long, or that it goes on."""
+        self._fields[ledger.PHASE] = _WAITING if waiting else _SERVING
+
     def pop(self) -> Chain | None:
         """The next buffer, if there is one now."""
         index = self._next_available
@@ -226,13 +273,31 @@ class Queue:
         except GuestAddressError as error:
             raise DeviceProtocolError("2.7.5", f"a descriptor names memory that is none: {error}") from error
 
-    def push(self, chain: Chain, written: int) -> None:
+    def take(self, read: Callable[[list[memoryview]], int], views: list[memoryview], mark: int = 0) -> int:
+        """Has ``read`` take something of the host's that cannot be had again, into ``views``: its result, a length.
+
+        They are (parts of) the next buffers to be pushed, and scratch. If this worker is killed before that, its
+        successor finds in :attr:`taken` how much it was, and ``mark`` (a number below MARK_LIMIT) with it. What is lost
+        is what the host gives in the very moment before it is noted here: some hundred nanoseconds.
+        """
+        so_far = ledger.progress(self._done) | mark << ledger.MARK_SHIFT
+        length = read(views)
+        self._fields[ledger.PROGRESS] = so_far | length << ledger.TAKEN_SHIFT
+        return length
+
+    def forget_taken(self) -> None:
+        """What was taken is not in the buffers any more."""
+        self._fields[ledger.PROGRESS] = ledger.progress(self._done)
+
+    def push(self, chain: Chain, written: int, data: int | None = None) -> None:
         """The device is done with ``chain`` and has filled the first ``written`` bytes of its writable part.
 
         Chains are pushed in the order in which they were popped. The driver sees them after the next ``flush()``.
+        ``data`` is how many bytes were moved for it, for those who watch; None: ``written``.
         """
         self._complete(chain, written)
-        if len(self._completed) >= BATCH:
+        self._settle(written if data is None else data)
+        if (self._done - self._used_index) & 0xFFFF >= BATCH:
             self.flush()
 
     def push_together(self, parts: Iterable[tuple[Chain, int]]) -> None:
@@ -240,11 +305,22 @@ class Queue:
 
         They are the device's to publish: that does not happen by itself, however many they are.
         """
+        data = 0
         for chain, written in parts:
             self._complete(chain, written)
+            data += written
+        self._settle(data)
+
+    def _settle(self, data: int) -> None:
+        """One request, of ``data`` bytes, is completed: from here on a successor does not serve it again."""
+        self._fields[ledger.PROGRESS] = ledger.progress(self._done)
+        self._requests += 1
+        self._bytes += data
 
     def _complete(self, chain: Chain, written: int) -> None:
-        self._completed.append(chain.head | min(written, 0xFFFFFFFF) << 32)
+        done = self._done
+        self._used_ring[done & (self.size - 1)] = chain.head | min(written, 0xFFFFFFFF) << 32
+        self._done = (done + 1) & 0xFFFF
         if self._watch is not None:
             if len(chain.writable_ranges) == 1:
                 offset, length = chain.writable_ranges[0]
@@ -257,7 +333,7 @@ class Queue:
     @property
     def unpublished(self) -> int:
         """How many completions the driver cannot see yet."""
-        return len(self._completed)
+        return (self._done - self._used_index) & 0xFFFF
 
     def flush(self) -> None:
         """Publishes what was pushed, and interrupts the driver if it wants that."""
@@ -269,20 +345,17 @@ class Queue:
 
         Except when the driver has so much to find that there may be nothing left that it made available.
         """
-        completed = self._completed
-        if not completed:
+        index = self._done
+        if index == self._used_index:
             return
         if self._written and self._watch is not None:
             self._watch.written(self._written)
             self._written.clear()
-        index = self._used_index
-        mask = self.size - 1
-        ring = self._used_ring
-        for entry in completed:
-            ring[index & mask] = entry
-            index += 1
-        completed.clear()
-        self._used_index = self._used[1] = index & 0xFFFF
+        self._used_index = self._used[1] = index
+        fields = self._fields
+        fields[ledger.REQUESTS] = self._requests
+        fields[ledger.BYTES] = self._bytes
+        fields[ledger.MOMENT] = time.monotonic_ns()
         if (index - self._signalled) & 0xFFFF >= self.size:
             self._signal()
 
@@ -319,8 +392,11 @@ class Queue:
         else:
             self._used[0] = 0
         self._fence()
-        if self._available[1] == index and (seconds is None or self._is_kicked_within(seconds)):
-            os.read(self._kick, 8)
+        if self._available[1] == index:
+            self._fields[ledger.PHASE] = _IDLE
+            if seconds is None or self._is_kicked_within(seconds):
+                os.read(self._kick, 8)
+            self._fields[ledger.PHASE] = _SERVING
         if not self._event_idx:
             self._suppress_notifications()
 
@@ -404,6 +480,11 @@ class Queue:
         if not length or length % 16:
             raise DeviceProtocolError("2.7.5.3", f"an indirect table of {length} bytes")
         return self._memory.offset(address, length), length // 16
+
+
+def _halves(entry: int) -> tuple[int, int]:
+    """Of an entry of the used ring: id and length."""
+    return entry & 0xFFFF_FFFF, entry >> 32
 
 
 def _first_bytes(ranges: list[tuple[int, int]], count: int) -> Iterator[tuple[int, int]]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from lguest_mp.virtio.queue import Queue
 
 
 class Losses:
@@ -22,7 +25,8 @@ class Losses:
             self._log(f"{self._name}: {reason}")
 
 
-def sleep_for_ever() -> NoReturn:
+def sleep_for_ever(queue: Queue) -> NoReturn:
     """For a worker with nothing left to serve: it does not end, since a worker that ends is a failure."""
+    queue.is_waiting(True)
     while True:
         signal.pause()

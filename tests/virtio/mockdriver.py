@@ -18,6 +18,7 @@ from lguest_mp.codemap import WriteWatch
 from lguest_mp.memory import GuestMemory
 from lguest_mp.virtio import fence
 from lguest_mp.virtio.device import Device, Feature, QueueLayout
+from lguest_mp.virtio.ledger import Ledger
 from lguest_mp.virtio.queue import Queue
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
@@ -299,9 +300,9 @@ class MockDriver:
 
     # The device's side.
 
-    def queue(self, watch: WriteWatch | None = None) -> IdlingQueue:
+    def queue(self, watch: WriteWatch | None = None, account: Ledger | None = None) -> IdlingQueue:
         """A device's queue on these rings, which raises Idle instead of sleeping."""
-        return IdlingQueue(self.memory, self.layout, self.features, self.kicked, self.called, watch)
+        return IdlingQueue(self.memory, self.layout, self.features, self.kicked, self.called, watch, account)
 
     def serve(self, device: Device, queue_index: int = 0, queue: Queue | None = None) -> Context:
         """Lets a device's worker serve all that is available; what it said."""

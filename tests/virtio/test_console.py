@@ -31,7 +31,7 @@ class Ended(Exception):
 def sleepless(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A worker that would sleep for ever raises Ended, and the signal that it ignores is ours again afterwards."""
 
-    def end() -> None:
+    def end(_queue: Queue) -> None:
         raise Ended
 
     monkeypatch.setattr(serving, "sleep_for_ever", end)

@@ -178,12 +178,12 @@ class JudgedQueue(IdlingQueue):
     def judge(self, driver: MockDriver) -> JudgedQueue:
         self.driver = driver
         self.allowed = [(driver.layout.used_ring, 6 + 8 * driver.size)]
-        self.taken = self._next_available
+        self.popped = self._next_available
         return self
 
     def pop(self) -> Chain | None:
         memory = bytes(self.driver.memory.view)
-        entry = self.driver.layout.available_ring + 4 + 2 * (self.taken % self.size)
+        entry = self.driver.layout.available_ring + 4 + 2 * (self.popped % self.size)
         (head,) = struct.unpack_from("<H", memory, entry)
         try:
             chain = super().pop()
@@ -196,7 +196,7 @@ class JudgedQueue(IdlingQueue):
             parts = walk(memory, self.driver, head)
             assert (chain.head, chain.readable_ranges, chain.writable_ranges) == (head, *parts)
             self.allowed += chain.writable_ranges
-            self.taken += 1
+            self.popped += 1
         return chain
 
 
@@ -218,7 +218,7 @@ def test_the_queue_reads_chains_as_the_standard_does(
         with suppress(DeviceProtocolError):
             while queue.pop() is not None:
                 pass
-        assert queue.taken <= SIZE
+        assert queue.popped <= SIZE
         assert bytes(memory.view) == before
 
 

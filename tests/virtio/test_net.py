@@ -19,6 +19,7 @@ from lguest_mp.virtio import net as net_module
 from lguest_mp.virtio import serving
 from lguest_mp.virtio.device import Feature
 from lguest_mp.virtio.net import OFFLOADS, RECEIVEQ, S_LINK_UP, STATUS_OFFSET, TRANSMITQ, Net
+from lguest_mp.virtio.queue import Queue
 
 MAC = bytes.fromhex("525400c0ffee")
 VERSION_1 = Feature.VERSION_1
@@ -33,7 +34,7 @@ class Asleep(Exception):
 
 @pytest.fixture(autouse=True)
 def _no_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
-    def asleep() -> None:
+    def asleep(_queue: Queue) -> None:
         raise Asleep
 
     monkeypatch.setattr(serving, "sleep_for_ever", asleep)
