@@ -15,7 +15,7 @@ from getopt import GetoptError, gnu_getopt
 from pathlib import Path
 
 from lguest_mp import __version__
-from lguest_mp.config import BlockConfig, DeviceConfig, GuestConfig, RngConfig
+from lguest_mp.config import STUCK_AFTER, BlockConfig, CrashPolicy, DeviceConfig, GuestConfig, OnCrash, RngConfig
 from lguest_mp.errors import LguestError
 from lguest_mp.supervisor import ending
 from lguest_mp.supervisor.log import say
@@ -41,6 +41,11 @@ Options, anywhere before '--':
   --name=<name>       what to call the guest in 'ps'; otherwise the process ID
   --cpu=<engine>      what executes the guest: unicorn, the embedded CPU, or lguest, the host's /dev/lguest
   --machine=<kind>    what the guest finds: pc, or lguest, which is for 32-bit kernels; otherwise what the kernel is for
+  --on-crash=[<device>:]<policy>
+                      what to do when a worker (of that device: console, block0, net0, ...) crashes: restart it, at most
+                      5 times in 30 s (restart,intensity=<n>,period=<seconds>); reset: stop the device; stop the guest
+  --stuck-after=<seconds>
+                      when a worker that has work and does none of it counts as crashed (30; 0: never)
   --demo              instead of a kernel: run a small guest that comes with lguest (the memory may be left out, too)
   -v, --verbose       tell what happens
   --help, --version
@@ -58,7 +63,7 @@ Exit status: 0 the guest powered off, 1 lguest could not do it, 2 usage, 3 the g
 """
 _OPTIONS = [
     *("verbose", "net=", "tunnet=", "block=", "rng", "initrd=", "username=", "chroot="),
-    *("name=", "cpu=", "machine=", "demo", "help", "version"),
+    *("name=", "cpu=", "machine=", "on-crash=", "stuck-after=", "demo", "help", "version"),
 ]
 _CPUS = ("unicorn", "lguest")
 _MACHINES = ("pc", "lguest")
@@ -66,8 +71,9 @@ _MACHINES = ("pc", "lguest")
 #: A name is for people, and for the command lines of other tools.
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 _NAME_LENGTH = 64
-#: More digits than any machine's memory has in MiB; how much a guest can have is for its kernel's loader to say.
-_MEMORY_DIGITS = 9
+#: More digits than any number has that is given, as a machine's memory in MiB; how much a guest can have is for its
+#: kernel's loader to say.
+_DIGITS = 9
 
 
 class UsageError(Exception):
@@ -111,6 +117,8 @@ def parse(arguments: Sequence[str]) -> GuestConfig:
         verbose="verbose" in single or "v" in single,
         cpu=cpu,
         machine=machine,
+        crash_policies=tuple(_crash_policy(value) for name, value in given if name == "on-crash"),
+        stuck_after=_seconds("--stuck-after", single["stuck-after"]) if "stuck-after" in single else STUCK_AFTER,
     )
 
 
@@ -141,8 +149,37 @@ def _network(option: str, value: str) -> DeviceConfig:
     return options.parse_net(value) if option == "net" else options.parse_tunnet(value)
 
 
+def _crash_policy(text: str) -> tuple[str | None, CrashPolicy]:
+    """``[<device>:]<action>[,intensity=<n>][,period=<seconds>]``."""
+    device, _, policy = text.rpartition(":")
+    action, *settings = policy.split(",")
+    known = [each.value for each in OnCrash]
+    if action not in known:
+        raise LguestError(f"--on-crash={text}: {action!r} is no policy; there is {', '.join(known)}")
+    given = dict(setting.partition("=")[::2] for setting in settings)
+    if unknown := given.keys() - {"intensity", "period"}:
+        raise LguestError(f"--on-crash={text}: {min(unknown)!r} is unknown; there is intensity=<n>, period=<seconds>")
+    if given and action != OnCrash.RESTART.value:
+        raise LguestError(f"--on-crash={text}: only restart has an intensity and a period")
+    intensity, period = given.get("intensity", "5"), _seconds("--on-crash", given.get("period", "30"))
+    if not _is_number(intensity) or not period:
+        raise LguestError(f"--on-crash={text}: intensity is a number of restarts, period a time in seconds")
+    return device or None, CrashPolicy(OnCrash(action), int(intensity), period)
+
+
+def _seconds(option: str, text: str) -> float:
+    whole, point, fraction = text.partition(".")
+    if not _is_number(whole) or (point and not _is_number(fraction)):
+        raise LguestError(f"{option}: {text!r} is no time; give seconds, for example 30")
+    return float(text)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= _DIGITS
+
+
 def _memory(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or len(text) > _MEMORY_DIGITS:
+    if not _is_number(text):
         raise LguestError(f"{text!r} is no memory size; give whole MiB, for example 256")
     return int(text) << 20
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
+
+#: How long (seconds) a worker may get nothing of its work done, unless somebody says otherwise: longer than a disk
+#: takes that is busy, or spins up.
+STUCK_AFTER = 30.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,26 @@ class NetConfig:
     offload: bool = True
 
 
+class OnCrash(Enum):
+    """What becomes of a device one of whose workers has crashed."""
+
+    #: Another worker goes on where it stopped.
+    RESTART = "restart"
+    #: The device is stopped, and the guest told that it needs a reset.
+    RESET = "reset"
+    #: The guest is stopped.
+    STOP = "stop"
+
+
+@dataclass(frozen=True)
+class CrashPolicy:
+    """``action``; of restarts at most ``intensity`` in any ``period`` seconds, beyond which the device is stopped."""
+
+    action: OnCrash = OnCrash.RESTART
+    intensity: int = 5
+    period: float = 30.0
+
+
 DeviceConfig = BlockConfig | RngConfig | NetConfig
 
 
@@ -87,7 +112,8 @@ class GuestConfig:
 
     ``memory`` is in bytes. ``devices`` are in the order of the command line; the console, which every guest has, is
     not among them. ``arguments`` are the kernel's, as given. ``machine`` is ``pc`` or ``lguest``; None: the one that
-    the kernel is for.
+    the kernel is for. ``crash_policies``: by device; None: of all others. ``stuck_after``: how long (seconds) a worker
+    may get nothing of its work done, 0: for ever.
     """
 
     name: str
@@ -101,3 +127,10 @@ class GuestConfig:
     verbose: bool = False
     cpu: str = "unicorn"
     machine: str | None = None
+    crash_policies: tuple[tuple[str | None, CrashPolicy], ...] = ()
+    stuck_after: float = STUCK_AFTER
+
+    def crash_policy_of(self, device: str) -> CrashPolicy:
+        """The policy of the device that people call so: the last one that was given for it, or for all."""
+        policies = dict(self.crash_policies)
+        return policies.get(device) or policies.get(None) or CrashPolicy()

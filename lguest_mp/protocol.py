@@ -9,8 +9,8 @@ end of each ``SOCK_SEQPACKET`` pair:
   original lguest waited: when a device's status reads back as reset, its workers are gone. The machine asks one at a
   time. Nothing else is answered: :class:`Ready`, :class:`PowerOff`, :class:`Reboot`, :class:`Died`,
   :class:`Failed`, :class:`Interrupted`, :class:`Log`.
-- *events*, to the machine: :class:`Start`, once; then what happened outside, :class:`ConfigChanged` and
-  :class:`DeviceBroken`.
+- *events*, to the machine: :class:`Start`, once; then what happened outside, :class:`ConfigChanged`,
+  :class:`DeviceBroken` and :class:`DeviceMended`.
 - *reports*, one from each worker: :class:`Serving`, once; :class:`Log`, :class:`Interrupted`, :class:`Reconfigured`,
   :class:`Broken`.
 """
@@ -128,7 +128,17 @@ class ConfigChanged:
 
 @dataclass(frozen=True)
 class DeviceBroken:
-    """A device was stopped because its driver broke the standard: it needs a reset (virtio 1.2, 2.1.2)."""
+    """A device was stopped, because its driver broke the standard or its workers crashed: it needs a reset.
+
+    (Virtio 1.2, 2.1.2.)
+    """
+
+    device: int
+
+
+@dataclass(frozen=True)
+class DeviceMended:
+    """A device that was said to be broken is served again, from where it stopped, without a reset."""
 
     device: int
 
@@ -169,6 +179,7 @@ Message: TypeAlias = (
     | Done
     | ConfigChanged
     | DeviceBroken
+    | DeviceMended
     | Serving
     | Reconfigured
     | Broken

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from lguest_mp import __version__, cli
-from lguest_mp.config import BlockConfig, GuestConfig, LinkConfig, NetConfig, RngConfig, TapConfig
+from lguest_mp.config import (
+    STUCK_AFTER,
+    BlockConfig,
+    CrashPolicy,
+    GuestConfig,
+    LinkConfig,
+    NetConfig,
+    OnCrash,
+    RngConfig,
+    TapConfig,
+)
 from lguest_mp.errors import LguestError
 
 
@@ -125,6 +135,38 @@ def test_a_file_without_a_name(option: str) -> None:
         cli.parse([option, "256", "vmlinuz"])
 
 
+def test_crash_policies() -> None:
+    config = cli.parse(
+        ["--on-crash=net0:restart,intensity=7,period=1.5", "--on-crash=reset", "--on-crash=block0:stop", "1", "k"]
+    )
+    assert config.crash_policy_of("net0") == CrashPolicy(OnCrash.RESTART, 7, 1.5)
+    assert config.crash_policy_of("block0").action is OnCrash.STOP
+    assert config.crash_policy_of("console").action is OnCrash.RESET
+    assert cli.parse(["1", "k"]).crash_policy_of("console") == CrashPolicy(OnCrash.RESTART, 5, 30)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("", "explode", "block0:", "restart,speed=3", "restart,intensity", "restart,period=0", "stop,intensity=1"),
+        *("restart,intensity=-1", "restart,period=soon", "restart,period=.5", "restart,intensity=9999999999"),
+    ],
+)
+def test_what_is_no_crash_policy_is_one_line(value: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([f"--on-crash={value}", "256", "vmlinuz"]) == 1
+    error = capfd.readouterr().err
+    assert "--on-crash" in error
+    assert error.count("\n") == 1
+
+
+def test_when_a_worker_is_stuck() -> None:
+    assert cli.parse(["1", "k"]).stuck_after == STUCK_AFTER
+    assert cli.parse(["--stuck-after=0", "1", "k"]).stuck_after == 0
+    assert cli.parse(["--stuck-after=2.5", "1", "k"]).stuck_after == 2.5
+    with pytest.raises(LguestError, match="give seconds"):
+        cli.parse(["--stuck-after=soon", "1", "k"])
+
+
 def test_networks_are_devices_among_the_others() -> None:
     config = cli.parse(
         ["--net=link:lab", "--rng", "--tunnet=10.0.0.1:02:00:00:00:00:01", "--net", "tap,bridge=br0", "256", "vmlinuz"]
@@ -160,6 +202,8 @@ def test_help_names_every_option(capfd: pytest.CaptureFixture[str]) -> None:
         "name",
         "cpu",
         "machine",
+        "on-crash",
+        "stuck-after",
         "demo",
     ):
         assert f"--{option.rstrip('=')}" in output

@@ -25,6 +25,7 @@ messages: st.SearchStrategy[protocol.Message] = st.one_of(
     st.builds(protocol.QueueReset, numbers, numbers),
     st.builds(protocol.DeviceReset, numbers),
     st.builds(protocol.DeviceBroken, numbers),
+    st.builds(protocol.DeviceMended, numbers),
     st.builds(protocol.Died, texts),
     st.builds(protocol.Failed, texts),
     st.builds(protocol.Broken, texts),

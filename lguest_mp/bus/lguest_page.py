@@ -271,7 +271,7 @@ class LguestDevice:
             self._memory.write(self.place.config + offset, data)
 
     def broken(self) -> bool:
-        """The device was stopped, since its driver broke a rule; the status says so. From any thread.
+        """The device was stopped: its driver broke a rule, or its workers crashed; the status says so. From any thread.
 
         False: the driver has reset it already.
         """
@@ -282,6 +282,21 @@ class LguestDevice:
             status = self._memory.slice(self.place.descriptor + _STATUS, 1)
             status[0] |= DeviceStatus.NEEDS_RESET
             return True
+
+    def mended(self) -> bool:
+        """The device is served again, from where it stopped; its interrupts that were lost are made up for.
+
+        From any thread. False: the driver has reset it since.
+        """
+        with self._lock:
+            if self.state is not DeviceState.BROKEN:
+                return False
+            self.state = DeviceState.RUNNING
+            status = self._memory.slice(self.place.descriptor + _STATUS, 1)
+            status[0] &= ~DeviceStatus.NEEDS_RESET & 0xFF
+        for queue in self.place.queues:
+            self._interrupt(queue.interrupt)
+        return True
 
 
 class LguestBus:

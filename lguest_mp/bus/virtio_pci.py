@@ -18,7 +18,8 @@ or leave MSI-X off and share the INTA# pin.
 device status, in the standard's order (3.1.1); the last step starts the workers, and only a reset leads back, once
 they are gone. Starting and resetting are asked of :class:`DeviceControl` and waited for inside the register access,
 as the driver expects: when the status reads zero, nobody uses its memory any more. A device whose driver broke the
-rules is *broken*: it shows NEEDS_RESET, serves nothing, and waits for the reset.
+rules, or whose workers crashed too often, is *broken*: it shows NEEDS_RESET, serves nothing, and waits for the reset
+(or for somebody to mend it).
 
 **Notifications** go from the notify register straight into the queue's eventfd. Before the device runs they are
 ignored; a worker looks at its ring when it starts, whoever has kicked.
@@ -528,7 +529,7 @@ class VirtioPciFunction(PciFunction):
                 self._raise(self._config_source)
 
     def broken(self) -> bool:
-        """The device was stopped, since its driver broke a rule (2.1.2). From any thread.
+        """The device was stopped: its driver broke a rule, or its workers crashed (2.1.2). From any thread.
 
         False: the driver has reset it already.
         """
@@ -538,6 +539,22 @@ class VirtioPciFunction(PciFunction):
             self.state = DeviceState.BROKEN
             self._status |= DeviceStatus.NEEDS_RESET
             self._raise(self._config_source)
+            return True
+
+    def mended(self) -> bool:
+        """The device is served again, from where it stopped. From any thread.
+
+        Notifications and interrupts were lost meanwhile: both sides are made to look. False: it was reset since.
+        """
+        with self._lock:
+            if self.state is not DeviceState.BROKEN:
+                return False
+            self.state = DeviceState.RUNNING
+            self._status &= ~DeviceStatus.NEEDS_RESET
+            for index, queue in enumerate(self._queues):
+                if queue.enabled:
+                    os.eventfd_write(self._kicks[index], 1)
+                    self._raise(index)
             return True
 
     # Interrupts (4.1.5); the lock is held

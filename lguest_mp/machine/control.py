@@ -110,21 +110,29 @@ class BusDevice(Protocol):
         """Its configuration space has changed. From any thread."""
 
     def broken(self) -> bool:
-        """It was stopped, since its driver broke a rule; False: that driver has reset it already. From any thread."""
+        """It is not served any more; False: its driver has reset it already. From any thread."""
+
+    def mended(self) -> bool:
+        """It is served again after that, from where it stopped; False: it has been reset since. From any thread."""
 
 
 class News:
     """What the supervisor says of its own accord, and whom it concerns.
 
-    ``console_broken`` is called when a console is not served any more.
+    ``console_broken`` is called when a console is not served any more, ``console_mended`` when it is again.
     """
 
     def __init__(
-        self, channel: socket.socket, devices: Sequence[BusDevice], console_broken: Callable[[], None]
+        self,
+        channel: socket.socket,
+        devices: Sequence[BusDevice],
+        console_broken: Callable[[], None],
+        console_mended: Callable[[], None],
     ) -> None:
         self._channel = channel
         self._devices = devices
         self._console_broken = console_broken
+        self._console_mended = console_mended
         self._lock = threading.Lock()
 
     def hear(self) -> None:
@@ -147,6 +155,10 @@ class News:
                 concerned = self._devices[device]
                 if concerned.broken() and concerned.device.device_id is DeviceId.CONSOLE:
                     self._console_broken()
+            case protocol.DeviceMended(device):
+                concerned = self._devices[device]
+                if concerned.mended() and concerned.device.device_id is DeviceId.CONSOLE:
+                    self._console_mended()
             case _:
                 raise protocol.ProtocolError(f"{message!r} is no news for the machine")
         return True

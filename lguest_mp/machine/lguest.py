@@ -108,7 +108,7 @@ class LguestMachine:
             for index, (port, place) in enumerate(zip(devices, self._plan.devices, strict=True))
         ]
         self._bus = LguestBus(self._devices, memory, self._plan.end, self._print)
-        self._news = News(events, self._devices, self._input.take)
+        self._news = News(events, self._devices, self._input.take, self._input.release)
         self.loop.add(events.fileno(), self._news.hear)
         for device, port in zip(self._devices, devices, strict=True):
             for queue, call in enumerate(port.calls):

@@ -123,7 +123,7 @@ class Pc:
             )
             for index, port in enumerate(devices)
         ]
-        self._news = News(events, self._functions, self._take_input)
+        self._news = News(events, self._functions, self._take_input, self._release_input)
         self._bus = PciBus(
             self._functions,
             window_first=PCI_WINDOW_FIRST,

@@ -23,6 +23,7 @@ from typing import NoReturn
 from lguest_mp import prctl, worker
 from lguest_mp.errors import LguestError
 from lguest_mp.supervisor import signals
+from lguest_mp.supervisor.log import say
 from lguest_mp.title import Title
 
 
@@ -128,15 +129,24 @@ def keep_only(wanted: Iterable[int], null: int) -> None:
 
 
 def end_all(children: Sequence[Child], grace: float) -> None:
-    """Ends the children, those that do not hear within ``grace`` seconds by force, and reaps them."""
+    """Ends the children, those that do not hear within ``grace`` seconds by force, and reaps them.
+
+    One that does not even hear that, since it waits for a disk that does not answer, is left to Linux: it never runs
+    again, and its parent need not wait for the disk, too.
+    """
     deadline = time.monotonic() + grace
     for child in children:
         child.end()
     for child in children:
         if not child.has_ended(deadline - time.monotonic()):
             child.signal(signal.SIGKILL)
+    deadline = time.monotonic() + grace
     for child in children:
-        child.reap()
+        if child.has_ended(deadline - time.monotonic()):
+            child.reap()
+        else:
+            say(f"{child.name} waits for the host and cannot be ended; it is left behind")
+            os.close(child.pidfd)
 
 
 def how_it_ended(status: int) -> str:

@@ -1,16 +1,23 @@
-"""The lives of the devices and of the processes that serve them, as the guest's drivers decide them.
+"""The lives of the devices and of those who serve them, as the guest's drivers and their own ends decide them.
 
 ::
 
-          +--DeviceReset----------------------------------+
-          v                                               |
+          +---------------DeviceReset------+-----------------+
+          v                                |                 |
         RESET --DriverReady--> SERVED --a worker's 65--> BROKEN
-          ^                      |
-          +------DeviceReset-----+
+          ^                    |    ^
+          |       its crashes, |    | somebody has
+          |         too many   v    | it restarted
+          +---DeviceReset---- FAILED
 
 While a device is SERVED there is a worker for each queue that the driver enabled; QueueReset and QueueReady end and
-fork one of them. A worker that ends and was not told to ends the guest. The one exception is a worker that stops
-because the driver broke the standard (exit status 65): its device is BROKEN, and only that driver is worse off.
+fork one of them. A worker that stops because the driver broke the standard (exit status 65) leaves its device BROKEN,
+and only that driver is worse off.
+
+**A worker that ends and was not told to** has crashed, and the device's policy says what becomes of it. With *restart*
+there is another one at once that goes on where it stopped (``virtio/queue.py``), and the guest notices nothing. If it
+happens too often (``restarts.py``), or with *reset*, the device has FAILED: all its workers are ended, the guest is
+told that it needs a reset. With *stop* the guest ends. A worker that is stuck (``watch.py``) is killed: a crash.
 
 What the machine asks for is done when a condition holds: all workers of the device are gone; all new ones serve. Nobody
 waits for that here; the condition (:class:`Request`) is looked at after every event.
@@ -19,31 +26,34 @@ waits for that here; the condition (:class:`Request`) is looked at after every e
 from __future__ import annotations
 
 import os
-import signal
-import socket
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum, auto
-from functools import partial
 from typing import TYPE_CHECKING
 
 from lguest_mp import protocol, worker
+from lguest_mp.config import OnCrash
 from lguest_mp.errors import LguestError
 from lguest_mp.protocol import DeviceReset, DriverReady, ProtocolError, QueueReady, QueueReset
 from lguest_mp.supervisor import children, ending
-from lguest_mp.supervisor.children import Child
 from lguest_mp.supervisor.log import say
 from lguest_mp.supervisor.loop import is_readable
+from lguest_mp.supervisor.restarts import Restarts
+from lguest_mp.supervisor.watch import Watch
+from lguest_mp.supervisor.workers import Assignment, Post, Worker, WorkerLife, WorkerListener, Workers
 
 if TYPE_CHECKING:
+    from lguest_mp.config import CrashPolicy
     from lguest_mp.machine.wiring import DevicePort
-    from lguest_mp.supervisor.children import Naming
+    from lguest_mp.supervisor.children import Child, Naming
     from lguest_mp.supervisor.ending import Ending
-    from lguest_mp.supervisor.loop import Loop
+    from lguest_mp.supervisor.loop import Loop, Timer
     from lguest_mp.supervisor.parts import WriteWatches
     from lguest_mp.supervisor.resources import Resources
-    from lguest_mp.virtio.device import QueueLayout
+
+#: How long, in seconds, until it is tried again to fork a worker when the host could not.
+_FORK_AGAIN = 1.0
 
 
 class DeviceLife(Enum):
@@ -51,50 +61,52 @@ class DeviceLife(Enum):
 
     RESET = auto()
     SERVED = auto()
+    #: Its driver broke the standard.
     BROKEN = auto()
-
-
-class WorkerLife(Enum):
-    """Where a worker is in its life."""
-
-    STARTING = auto()
-    SERVING = auto()
-    STOPPING = auto()
+    #: Its workers crashed, and nobody replaces them.
+    FAILED = auto()
 
 
 @dataclass(eq=False)
-class Worker:
-    """A process that serves one queue."""
+class QueueService:
+    """How one queue is served: what its driver decided (None: not to use it), by whom, and when by whom next."""
 
-    served: ServedDevice
-    queue: int
-    child: Child
-    reports: socket.socket
-    life: WorkerLife = WorkerLife.STARTING
-    #: When it is killed if it has not ended (time.monotonic), once it was told to end.
-    deadline: float | None = None
-    #: What it said about the driver before it stopped.
-    broken: str = "the driver broke the virtio standard"
+    post: Post
+    restarts: Restarts
+    assignment: Assignment | None = None
+    worker: Worker | None = None
+    #: Until there is another worker.
+    gap: Timer | None = None
+    #: How the last worker ended that was not told to, in words.
+    last_end: str | None = None
+
+    def close_gap(self) -> None:
+        """Nobody is to come any more."""
+        if self.gap is not None:
+            self.gap.cancel()
+            self.gap = None
 
 
 @dataclass(eq=False)
 class ServedDevice:
-    """A device with its eventfds, and those who serve it now, by queue."""
+    """A device with its eventfds, and how its queues are served."""
 
     index: int
     port: DevicePort
-    #: The number of its first queue, counted over all devices of the guest.
-    first_queue: int
+    policy: CrashPolicy
+    queues: list[QueueService]
     life: DeviceLife = DeviceLife.RESET
-    workers: dict[int, Worker] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return self.port.device.name
 
+    def workers(self) -> list[Worker]:
+        return [queue.worker for queue in self.queues if queue.worker is not None]
+
     def all_serve(self) -> bool:
         """Whether every worker has got as far as serving (or ending)."""
-        return all(each.life is not WorkerLife.STARTING for each in self.workers.values())
+        return all(each.life is not WorkerLife.STARTING for each in self.workers())
 
 
 @dataclass(frozen=True)
@@ -110,45 +122,71 @@ class Listener:
     """Whom the devices tell: that the guest is to end; what the machine has to know, of devices by their index."""
 
     end: Callable[[Ending], None]
-    tell_machine: Callable[[protocol.DeviceBroken | protocol.ConfigChanged], None]
+    tell_machine: Callable[[protocol.DeviceBroken | protocol.DeviceMended | protocol.ConfigChanged], None]
 
 
 class Devices:
-    """All devices of one guest."""
+    """All devices of one guest. ``restarted`` says by name how often each queue's workers were replaced so far."""
 
     def __init__(  # noqa: PLR0917 -- what the devices are connected to
         self,
         owned: Resources,
-        served: list[ServedDevice],
+        ports: list[DevicePort],
         watches: WriteWatches | None,
         naming: Naming,
         loop: Loop,
         listener: Listener,
+        restarted: dict[str, int],
         grace: float,
     ) -> None:
         """``grace``: how many seconds a worker has to end before it is killed."""
         self._resources = owned
-        self._served = served
-        self._watches = watches
-        self._naming = naming
         self._loop = loop
         self._listener = listener
-        self._grace = grace
+        self.restarted = restarted
+        config = owned.config
+        self.served: list[ServedDevice] = []
+        self._of: dict[Post, tuple[ServedDevice, QueueService]] = {}
+        for index, port in enumerate(ports):
+            policy = config.crash_policy_of(port.device.name)
+            queues = [
+                QueueService(Post(port.device, queue, len(self._of) + queue, kick, call), Restarts(policy))
+                for queue, (kick, call) in enumerate(zip(port.kicks, port.calls, strict=True))
+            ]
+            served = ServedDevice(index, port, policy, queues)
+            self.served.append(served)
+            self._of.update({queue.post: (served, queue) for queue in queues})
+        self._workers = Workers(
+            owned,
+            watches,
+            naming,
+            loop,
+            WorkerListener(
+                ended=self._on_end,
+                reconfigured=lambda each, offset, data: self.reconfigure(self._of[each.post][0], offset, data),
+                interrupted=lambda: listener.end(ending.interrupted()),
+                broke_protocol=self._on_broken_protocol,
+            ),
+            grace,
+        )
+        if config.stuck_after:
+            Watch(loop, lambda: self._workers, config.stuck_after, self._on_stuck)
 
     def begin(self, message: DriverReady | QueueReady | QueueReset | DeviceReset) -> Request:
         """Begins what the machine asks for. ProtocolError: there is no such thing, or not now."""
-        if message.device >= len(self._served):
+        if message.device >= len(self.served):
             raise ProtocolError(f"there is no device {message.device}")
-        served = self._served[message.device]
-        if isinstance(message, QueueReady | QueueReset) and message.queue >= len(served.port.kicks):
+        served = self.served[message.device]
+        if isinstance(message, QueueReady | QueueReset) and message.queue >= len(served.queues):
             raise ProtocolError(f"{served.name} has no queue {message.queue}")
         match message:
-            case DriverReady():
-                return self._serve_device(served, message.features, message.queues)
-            case QueueReady():
-                return self._serve_queue(served, message.queue, message.features, message.layout)
-            case QueueReset():
-                return self._reset_queue(served, message.queue)
+            case DriverReady(_, features, layouts):
+                assignments = [None if layout is None else Assignment(features, layout) for layout in layouts]
+                return self._serve_device(served, features, assignments)
+            case QueueReady(_, queue, features, layout):
+                return self._serve_queue(served, served.queues[queue], Assignment(features, layout))
+            case QueueReset(_, queue):
+                return self._reset_queue(served, served.queues[queue])
             case DeviceReset():
                 return self._reset_device(served)
 
@@ -157,162 +195,180 @@ class Devices:
         served.port.device.apply_config(offset, data)
         self._listener.tell_machine(protocol.ConfigChanged(served.index, offset, data.hex()))
 
-    def workers(self) -> Iterator[Worker]:
-        """Those who serve now, whatever device."""
-        for served in self._served:
-            yield from served.workers.values()
-
-    def next_deadline(self) -> float | None:
-        """When :meth:`kill_overdue` is to be called (time.monotonic)."""
-        return min((each.deadline for each in self.workers() if each.deadline is not None), default=None)
-
-    def kill_overdue(self) -> None:
-        """Kills the workers that were told to end and did not in time."""
-        now = time.monotonic()
-        for each in self.workers():
-            if each.deadline is not None and each.deadline <= now:
-                each.child.signal(signal.SIGKILL)
-                each.deadline = None
+    def children(self) -> list[Child]:
+        """The workers' processes, device by device."""
+        return [each.child for served in self.served for each in served.workers()]
 
     def end_all(self) -> None:
         """Ends every worker, waits for it, and hears what it still had to say."""
-        children.end_all([each.child for each in self.workers()], self._grace)
-        for each in self.workers():
-            self._loop.finish(each.reports.fileno(), partial(self._on_report, each))
-            each.reports.close()
-        for served in self._served:
-            served.workers.clear()
+        self._workers.end_all()
+        for _, queue in self._of.values():
+            queue.worker = None
+            queue.close_gap()
 
     # ---- What the machine asks for ----
 
-    def _serve_device(self, served: ServedDevice, features: int, queues: tuple[QueueLayout | None, ...]) -> Request:
+    def _serve_device(self, served: ServedDevice, features: int, assignments: list[Assignment | None]) -> Request:
         if served.life is not DeviceLife.RESET:
             raise ProtocolError(f"{served.name} is ready without having been reset")
-        if len(queues) != len(served.port.kicks):
-            raise ProtocolError(f"{served.name} is ready with {len(queues)} queues")
+        if len(assignments) != len(served.queues):
+            raise ProtocolError(f"{served.name} is ready with {len(assignments)} queues")
         served.life = DeviceLife.SERVED
         offered = served.port.device.features
         self._verbose(f"device {served.name} OK: offered {offered:#x} and the bus's, accepted {features:#x}")
-        for index, layout in enumerate(queues):
-            if layout is not None:
-                self._fork_worker(served, index, features, layout)
+        for queue, assignment in zip(served.queues, assignments, strict=True):
+            if assignment is not None:
+                self._open_queue(queue, assignment)
         return Request(served.all_serve)
 
-    def _serve_queue(self, served: ServedDevice, queue: int, features: int, layout: QueueLayout) -> Request:
-        if served.life is DeviceLife.RESET or queue in served.workers:
-            raise ProtocolError(f"{served.name} cannot serve queue {queue} now")
+    def _serve_queue(self, served: ServedDevice, queue: QueueService, assignment: Assignment) -> Request:
+        if served.life is DeviceLife.RESET or queue.assignment is not None:
+            raise ProtocolError(f"{served.name} cannot serve queue {queue.post.queue} now")
         if served.life is DeviceLife.SERVED:
-            self._fork_worker(served, queue, features, layout)
+            self._open_queue(queue, assignment)
+        else:
+            queue.assignment = assignment
         return Request(served.all_serve)
 
-    def _reset_queue(self, served: ServedDevice, queue: int) -> Request:
+    def _reset_queue(self, served: ServedDevice, queue: QueueService) -> Request:
         if served.life is DeviceLife.RESET:
-            raise ProtocolError(f"{served.name} has no running queue {queue} to reset")
-        self._verbose(f"resetting queue {served.port.device.queue_names[queue]} of device {served.name}")
-        if queue in served.workers:
-            self._stop(served.workers[queue])
-        return Request(lambda: queue not in served.workers, lambda: drain(served.port.kicks[queue]))
+            raise ProtocolError(f"{served.name} has no running queue {queue.post.queue} to reset")
+        self._verbose(f"resetting queue {queue.post.device.queue_names[queue.post.queue]} of device {served.name}")
+        self._close_queue(queue)
+        return Request(lambda: queue.worker is None, lambda: drain(queue.post.kick))
 
     def _reset_device(self, served: ServedDevice) -> Request:
         self._verbose(f"resetting device {served.name}")
-        for each in served.workers.values():
-            self._stop(each)
+        for queue in served.queues:
+            self._close_queue(queue)
 
         def finish() -> None:
             served.life = DeviceLife.RESET
-            for kick in served.port.kicks:
-                drain(kick)
+            for queue in served.queues:
+                drain(queue.post.kick)
 
-        return Request(lambda: not served.workers, finish)
+        return Request(lambda: not served.workers(), finish)
 
-    # ---- A worker's life ----
+    # ---- Who serves a queue ----
 
-    def _fork_worker(self, served: ServedDevice, queue: int, features: int, layout: QueueLayout) -> None:
-        device, kick, call = served.port.device, served.port.kicks[queue], served.port.calls[queue]
-        name = f"{device.name}/{device.queue_names[queue]}"
-        number = served.first_queue + queue
-        try:
-            ours, theirs = protocol.channel_pair()
-        except OSError as error:
-            raise LguestError(f"cannot make a channel for {name}: {error.strerror}") from error
-        keep = [kick, call, theirs.fileno(), *device.files]
-        if self._watches is not None:
-            keep += self._watches.worker_files(number)
-        make_queue, memory = self._resources.parts.make_queue, self._resources.memory
+    def _open_queue(self, queue: QueueService, assignment: Assignment) -> None:
+        """The driver has set the queue up: its first worker."""
+        queue.assignment = assignment
+        queue.post.account.open()
+        queue.worker = self._workers.fork(queue.post, assignment)
 
-        def body() -> int:
-            children.keep_only(keep, self._resources.null)
-            self._naming.take(name, name)
-            watch = None if self._watches is None else self._watches.writer(number)
-            return worker.run(device, queue, lambda: make_queue(memory, layout, features, kick, call, watch), theirs)
+    def _close_queue(self, queue: QueueService) -> None:
+        """The driver takes the queue back. Whoever waits for its worker's end looks at ``worker``."""
+        queue.assignment = None
+        self._dismiss(queue)
 
-        with theirs:
-            try:
-                child = children.fork(name, body)
-            except BaseException:
-                ours.close()
-                raise
-        each = served.workers[queue] = Worker(served, queue, child, ours)
-        self._loop.watch(ours.fileno(), lambda: self._on_report(each))
-        self._loop.watch(child.pidfd, lambda: self._on_exit(each))
-        self._verbose(f"{name} is process {child.pid}")
+    def _dismiss(self, queue: QueueService) -> None:
+        queue.close_gap()
+        if queue.worker is not None:
+            self._workers.stop(queue.worker)
 
-    def _stop(self, each: Worker) -> None:
-        """Tells a worker to end. Whoever waits for that looks at ``workers``."""
-        if each.life is not WorkerLife.STOPPING:
-            each.life = WorkerLife.STOPPING
-            each.deadline = time.monotonic() + self._grace
-            each.child.end()
-
-    def _on_report(self, each: Worker) -> None:
-        try:
-            message = protocol.receive(each.reports, socket.MSG_DONTWAIT)
-            if message is None:
-                self._loop.forget(each.reports.fileno())
-            else:
-                self._hear(each, message)
-        except BlockingIOError:
-            return
-        except (ProtocolError, ValueError):
-            self._loop.forget(each.reports.fileno())
-            self._listener.end(ending.worker_died(each.child.name, "broke the protocol"))
-
-    def _hear(self, each: Worker, message: protocol.Message) -> None:
-        match message:
-            case protocol.Serving():
-                if each.life is WorkerLife.STARTING:
-                    each.life = WorkerLife.SERVING
-            case protocol.Log(text, verbose):
-                if not verbose or self._resources.config.verbose:
-                    say(text)
-            case protocol.Interrupted():
-                self._listener.end(ending.Signalled(signal.SIGINT))
-            case protocol.Reconfigured(offset, data):
-                self.reconfigure(each.served, offset, bytes.fromhex(data))
-            case protocol.Broken(text):
-                each.broken = text
-            case _:
-                raise ProtocolError(f"{type(message).__name__} comes from a worker")
-
-    def _on_exit(self, each: Worker) -> None:
-        self._loop.finish(each.reports.fileno(), lambda: self._on_report(each))
-        each.reports.close()
-        self._loop.forget(each.child.pidfd)
-        status = each.child.reap()
-        del each.served.workers[each.queue]
-        if each.life is WorkerLife.STOPPING:
-            return
-        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == worker.DRIVER_BROKE_STANDARD:
-            self._break_device(each)
+    def _replace(self, queue: QueueService, delay: float) -> None:
+        """Has another worker go on with the queue, in ``delay`` seconds."""
+        name = queue.post.name
+        self.restarted[name] = self.restarted.get(name, 0) + 1
+        if delay:
+            queue.gap = self._loop.later(delay, lambda: self._fill_gap(queue))
         else:
-            self._listener.end(ending.worker_died(each.child.name, children.how_it_ended(status)))
+            self._fill_gap(queue)
 
-    def _break_device(self, each: Worker) -> None:
-        say(f"{each.child.name}: {each.broken}; the device needs a reset")
-        each.served.life = DeviceLife.BROKEN
-        for other in each.served.workers.values():
-            self._stop(other)
-        self._listener.tell_machine(protocol.DeviceBroken(each.served.index))
+    def _fill_gap(self, queue: QueueService) -> None:
+        queue.gap = None
+        if queue.assignment is None:
+            return
+        try:
+            queue.worker = self._workers.fork(queue.post, queue.assignment)
+        except LguestError as error:
+            say(f"{error}; trying again in {_FORK_AGAIN:g} s")
+            queue.gap = self._loop.later(_FORK_AGAIN, lambda: self._fill_gap(queue))
+
+    # ---- When a worker ends ----
+
+    def _on_end(self, each: Worker, status: int) -> None:
+        served, queue = self._of[each.post]
+        queue.worker = None
+        match each.life:
+            case WorkerLife.STOPPING:
+                return
+            case WorkerLife.LEAVING:
+                self._replace(queue, 0.0)
+            case _ if os.WIFEXITED(status) and os.WEXITSTATUS(status) == worker.DRIVER_BROKE_STANDARD:
+                say(f"{each.child.name}: {each.broken}; the device needs a reset")
+                self._give_up(served, DeviceLife.BROKEN)
+            case _:
+                self._on_crash(served, queue, each, each.verdict or children.how_it_ended(status))
+
+    def _on_crash(self, served: ServedDevice, queue: QueueService, each: Worker, how: str) -> None:
+        name, policy = each.child.name, served.policy
+        queue.last_end = how
+        match policy.action:
+            case OnCrash.STOP:
+                self._listener.end(ending.worker_died(name, how))
+            case OnCrash.RESET:
+                say(f"{name} {how}; the device needs a reset")
+                self._give_up(served, DeviceLife.FAILED)
+            case OnCrash.RESTART:
+                delay = queue.restarts.delay(time.monotonic(), fruitful=each.was_fruitful)
+                if delay is None:
+                    often = f"after {policy.intensity} restarts within {policy.period:g} s"
+                    say(f"{name} {how}, {often}; the device is stopped and needs a reset")
+                    self._give_up(served, DeviceLife.FAILED)
+                else:
+                    say(f"{name} {how}; it is restarted{f' in {delay:g} s' if delay else ''}")
+                    self._replace(queue, delay)
+
+    def _on_stuck(self, each: Worker, how: str) -> None:
+        patience = f"{self._resources.config.stuck_after:g} s"
+        say(f"{each.child.name} {how}, and has done nothing of its work for {patience}; it is killed")
+        self._workers.kill(each, f"was stuck ({how})")
+
+    def _on_broken_protocol(self, each: Worker) -> None:
+        """What it says makes no sense: it is not itself any more."""
+        self._workers.kill(each, "broke the protocol")
+
+    def _give_up(self, served: ServedDevice, life: DeviceLife) -> None:
+        """Nobody serves the device any more, and the guest is told so."""
+        served.life = life
+        for queue in served.queues:
+            self._dismiss(queue)
+        self._listener.tell_machine(protocol.DeviceBroken(served.index))
+
+    # ---- What a person asks for ----
+
+    def restart(self, served: ServedDevice) -> None:
+        """Has all workers of a device replaced; one that has FAILED is served again. LguestError: that cannot be."""
+        match served.life:
+            case DeviceLife.RESET:
+                raise LguestError(f"{served.name} is not in use: the guest has no driver for it now")
+            case DeviceLife.BROKEN:
+                raise LguestError(f"{served.name} waits for its driver to reset it, since that broke the standard")
+            case DeviceLife.FAILED:
+                say(f"{served.name} is served again")
+                served.life = DeviceLife.SERVED
+                self._listener.tell_machine(protocol.DeviceMended(served.index))
+        for queue in served.queues:
+            queue.restarts.forget()
+            self._restart_queue(queue)
+
+    def _restart_queue(self, queue: QueueService) -> None:
+        if queue.worker is not None:
+            if queue.worker.life is WorkerLife.STOPPING:  # of a device that was given up a moment ago
+                queue.worker.life = WorkerLife.LEAVING
+            self._workers.stop(queue.worker, WorkerLife.LEAVING)
+        elif queue.assignment is not None:
+            queue.close_gap()
+            self._replace(queue, 0.0)
+
+    def reset(self, served: ServedDevice) -> None:
+        """Stops a device; the guest is told that it needs a reset (virtio 1.2, 2.1.2). LguestError: not in use."""
+        if served.life is not DeviceLife.SERVED:
+            raise LguestError(f"{served.name} is not served now ({served.life.name.lower()})")
+        say(f"{served.name} needs a reset")
+        self._give_up(served, DeviceLife.FAILED)
 
     def _verbose(self, text: str) -> None:
         if self._resources.config.verbose:

@@ -58,6 +58,10 @@ def worker_died(name: str, how: str) -> Ending:
     return Exit(ExitStatus.WORKER_DIED, f"the worker {name} {how}; the guest is stopped")
 
 
+def interrupted() -> Ending:
+    return Signalled(signal.SIGINT)
+
+
 def die_by(signum: int) -> NoReturn:
     """Ends this process by the signal, as if it had never been handled."""
     signal.signal(signum, signal.SIG_DFL)

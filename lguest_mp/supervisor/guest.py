@@ -20,7 +20,6 @@ import os
 import signal
 import socket
 import struct
-import time
 from enum import Enum, auto
 from functools import partial
 from typing import TYPE_CHECKING
@@ -29,7 +28,7 @@ from lguest_mp import prctl, protocol, terminal
 from lguest_mp.errors import LguestError
 from lguest_mp.protocol import ProtocolError
 from lguest_mp.supervisor import children, ending, processes, resources
-from lguest_mp.supervisor.devices import Devices, Listener, Request, ServedDevice
+from lguest_mp.supervisor.devices import Devices, Listener, Request
 from lguest_mp.supervisor.log import say
 from lguest_mp.supervisor.loop import Loop
 from lguest_mp.supervisor.signals import STOPPING
@@ -61,14 +60,17 @@ class Life(Enum):
 class Guest:
     """One guest; :meth:`run` is its life. Nothing of it remains afterwards but what ``resources`` holds."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 -- what a guest is made of
         self,
         owned: Resources,
         naming: Naming,
         signals: Signals,
         screen: Terminal,
+        restarted: dict[str, int] | None = None,
         grace: float = GRACE,
     ) -> None:
+        """``restarted``: how often each queue's workers were replaced in the guest's lives so far; counted on."""
+        self._restarted = {} if restarted is None else restarted
         self._resources = owned
         self._naming = naming
         self._signals = signals
@@ -108,27 +110,26 @@ class Guest:
         self._loop = self._opened.enter_context(Loop())
         self._requests, self._machine_requests = self._channel_pair()
         self._events, self._machine_events = self._channel_pair()
-        self._served: list[ServedDevice] = []
-        queues = 0
-        for index, device in enumerate(self._resources.devices):
-            count = len(device.queue_names)
-            port = DevicePort(
+        self._ports = [
+            DevicePort(
                 device=device,
-                kicks=tuple(self._eventfd() for _ in range(count)),
-                calls=tuple(self._eventfd() for _ in range(count)),
+                kicks=tuple(self._eventfd() for _ in device.queue_names),
+                calls=tuple(self._eventfd() for _ in device.queue_names),
             )
-            self._served.append(ServedDevice(index, port, first_queue=queues))
-            queues += count
+            for device in self._resources.devices
+        ]
+        queues = sum(len(port.kicks) for port in self._ports)
         self._watches = self._resources.parts.make_watches(self._resources.memory, queues)
         if self._watches is not None:
             self._opened.callback(self._watches.close)
         self._devices = Devices(
             self._resources,
-            self._served,
+            self._ports,
             self._watches,
             self._naming,
             self._loop,
             Listener(self._end, lambda message: self._tell_machine(self._events, message)),
+            self._restarted,
             self._grace,
         )
 
@@ -170,8 +171,7 @@ class Guest:
             start = protocol.receive(events)
             if not isinstance(start, protocol.Start):
                 return 0
-            ports = [served.port for served in self._served]
-            run_machine(owned.config, owned.memory, self._watches, ports, start.entry, requests, events)
+            run_machine(owned.config, owned.memory, self._watches, self._ports, start.entry, requests, events)
         except LguestError as error:
             protocol.send(requests, protocol.Failed(str(error)))
         return 0
@@ -179,8 +179,8 @@ class Guest:
     def _machine_files(self) -> list[int]:
         files = [0, 1, self._machine_requests.fileno(), self._machine_events.fileno()]
         files += self._resources.parts.machine_files
-        for served in self._served:
-            files += [*served.port.kicks, *served.port.calls]
+        for port in self._ports:
+            files += [*port.kicks, *port.calls]
         if self._watches is not None:
             files += self._watches.files
         if self._resources.confinement.root is not None:
@@ -204,7 +204,7 @@ class Guest:
     # ---- The loop ----
 
     def _step(self, entry: EntryState) -> None:
-        self._loop.wait(self._timeout())
+        self._loop.wait(FOREGROUND_CHECK if self._screen.is_elsewhere else None)
         if self._ending is not None:
             return
         if self._machine_is_ready:
@@ -212,18 +212,10 @@ class Guest:
             self._begin_running(entry)
         if self._screen.is_elsewhere and self._life is Life.RUNNING:
             self._screen.take()
-        self._devices.kill_overdue()
         if self._request is not None and self._request.is_done():
             request, self._request = self._request, None
             request.finish()
             self._tell_machine(self._requests, protocol.Done())
-
-    def _timeout(self) -> float | None:
-        deadline = self._devices.next_deadline()
-        limits = [] if deadline is None else [max(0.0, deadline - time.monotonic())]
-        if self._screen.is_elsewhere:
-            limits.append(FOREGROUND_CHECK)
-        return min(limits, default=None)
 
     def _end(self, how: Ending) -> None:
         """The guest ends; the first reason counts."""
@@ -250,7 +242,7 @@ class Guest:
                 if not verbose or self._resources.config.verbose:
                     say(text)
             case protocol.Interrupted():
-                self._end(ending.Signalled(signal.SIGINT))
+                self._end(ending.interrupted())
             case protocol.Failed(reason):
                 self._end_by_machine(ending.failed(reason))
             case protocol.Died(reason):
@@ -321,7 +313,7 @@ class Guest:
         if size is None or self._life is not Life.RUNNING:
             return
         data = struct.pack("<HH", *(min(side, 0xFFFF) for side in size))
-        for served in self._served:
+        for served in self._devices.served:
             if served.port.device.device_id is DeviceId.CONSOLE:
                 self._devices.reconfigure(served, 0, data)
 
@@ -360,7 +352,7 @@ class Guest:
     def _children(self) -> list[Child]:
         machine = [] if self._machine is None else [self._machine]
         helpers = [device.helper for device in self._resources.devices if device.helper is not None]
-        return [*machine, *(each.child for each in self._devices.workers()), *helpers]
+        return [*machine, *self._devices.children(), *helpers]
 
     def _end_processes(self) -> None:
         """The machine first, so that nobody works for it any more, then the workers; the terminal is the user's."""

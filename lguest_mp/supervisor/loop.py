@@ -1,4 +1,4 @@
-"""Waiting for whatever happens next: one thread, many file descriptors, a reaction to each.
+"""Waiting for whatever happens next: one thread, many file descriptors, a reaction to each, and some at their time.
 
 A reaction may take away another's descriptor that is ready in the same moment (a process ends, its channel is closed);
 then that one is not called any more. Signals are looked at before all others, since they may be why those others end.
@@ -6,18 +6,36 @@ then that one is not called any more. Signals are looked at before all others, s
 
 from __future__ import annotations
 
+import heapq
 import select
 import selectors
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 
+@dataclass(order=True)
+class Timer:
+    """Something that is done at ``due`` (time.monotonic), unless it is cancelled before."""
+
+    due: float
+    number: int
+    react: Callable[[], None] | None = field(compare=False)
+
+    def cancel(self) -> None:
+        """Does nothing if it is done."""
+        self.react = None
+
+
 class Loop:
-    """Reactions to file descriptors that become readable."""
+    """Reactions to file descriptors that become readable, and to time."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
+        self._timers: list[Timer] = []
+        self._number = 0
 
     def __enter__(self) -> Self:
         return self
@@ -45,12 +63,31 @@ class Loop:
             react()
         self.forget(fd)
 
-    def wait(self, timeout: float | None) -> None:
+    def later(self, seconds: float, react: Callable[[], None]) -> Timer:
+        """Has ``react`` called once in so many seconds."""
+        self._number += 1
+        timer = Timer(time.monotonic() + seconds, self._number, react)
+        heapq.heappush(self._timers, timer)
+        return timer
+
+    def wait(self, timeout: float | None = None) -> None:
         """Waits for at most ``timeout`` seconds (None: for ever), and has everybody called who is to be called."""
-        ready = [key for key, _ in self._selector.select(timeout)]
+        ready = [key for key, _ in self._selector.select(self._until_next(timeout))]
         for key in sorted(ready, key=lambda key: key.data[0]):
             if self._selector.get_map().get(key.fd) is key:
                 key.data[1]()
+        now = time.monotonic()
+        while self._timers and self._timers[0].due <= now:
+            if react := heapq.heappop(self._timers).react:
+                react()
+
+    def _until_next(self, timeout: float | None) -> float | None:
+        while self._timers and self._timers[0].react is None:
+            heapq.heappop(self._timers)
+        if not self._timers:
+            return timeout
+        left = max(0.0, self._timers[0].due - time.monotonic())
+        return left if timeout is None else min(left, timeout)
 
 
 def is_readable(fd: int) -> bool:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lguest_mp.machine.wiring import DevicePort
     from lguest_mp.memory import GuestMemory
     from lguest_mp.virtio.device import Device, QueueLayout
+    from lguest_mp.virtio.ledger import Ledger
     from lguest_mp.virtio.queue import Queue
 
 
@@ -70,7 +71,14 @@ class QueueMaker(Protocol):
     """Makes a worker's queue."""
 
     def __call__(  # noqa: PLR0917 -- what a queue is made of
-        self, memory: GuestMemory, layout: QueueLayout, features: int, kick: int, call: int, watch: WriteWatch | None
+        self,
+        memory: GuestMemory,
+        layout: QueueLayout,
+        features: int,
+        kick: int,
+        call: int,
+        watch: WriteWatch | None,
+        account: Ledger,
     ) -> Queue: ...
 
 

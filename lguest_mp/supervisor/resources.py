@@ -86,6 +86,7 @@ def open_all(config: GuestConfig, parts: Parts) -> Resources:
         devices = parts.open_devices(config, confinement.user)
         for device in devices:
             opened.callback(device.close)
+        _check_policies(config, devices)
         if not confinement.is_empty:
             parts.load_machine()  # there may be no Python where we are going
         kernel = parts.read_kernel(config)
@@ -99,6 +100,13 @@ def open_all(config: GuestConfig, parts: Parts) -> Resources:
             device.connect()
         opened.pop_all()
     return Resources(config, parts, memory, devices, null, confinement, kernel)
+
+
+def _check_policies(config: GuestConfig, devices: list[Device]) -> None:
+    known = [device.name for device in devices]
+    for name, _ in config.crash_policies:
+        if name is not None and name not in known:
+            raise LguestError(f"--on-crash={name}:...: there is no device {name}; there is {', '.join(known)}")
 
 
 def freeze() -> None:

@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 
 def run(config: GuestConfig, parts: Parts, grace: float = GRACE) -> Ending:
     """Runs the guest to its end. Rebooting means: by exec, now that everything is closed and put back."""
-    reboots = reboot.count()
+    reboots, restarted = reboot.count(), reboot.restarts()
     naming = Naming(config.name)
     with closing(open_all(config, parts)) as resources, Signals() as signals, Terminal() as screen:
         while True:
             if config.verbose:
                 _describe(config, resources.devices, reboots)
-            ending = Guest(resources, naming, signals, screen, grace).run()
+            ending = Guest(resources, naming, signals, screen, restarted, grace).run()
             if not isinstance(ending, Rebooting) or not resources.reboots_in_place:
+                reboot.keep(restarted)
                 return ending
             resources.reset()
             reboots += 1

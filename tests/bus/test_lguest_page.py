@@ -379,6 +379,16 @@ def test_a_broken_device_says_so_until_it_is_reset(rig: Rig) -> None:
     assert [what for what, *_ in rig.controls[0].asked] == ["start", "reset", "start"]
 
 
+def test_a_device_that_is_mended_goes_on(rig: Rig) -> None:
+    rig.driver.finalize(0)
+    rig.driver.set_status(0, ACKNOWLEDGE | DRIVER | DRIVER_OK)
+    rig.devices[0].broken()
+    assert rig.devices[0].mended()
+    assert rig.driver.status(0) == ACKNOWLEDGE | DRIVER | DRIVER_OK
+    assert rig.interrupts == [queue.interrupt for queue in rig.devices[0].place.queues]
+    assert not rig.devices[0].mended()
+
+
 def test_a_device_breaks_while_it_starts(rig: Rig) -> None:
     rig.controls[0].during = rig.devices[0].broken
     rig.driver.finalize(0)

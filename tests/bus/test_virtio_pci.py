@@ -230,6 +230,29 @@ def test_a_broken_device_asks_for_nothing_but_its_reset(rig: Rig) -> None:
     assert len(rig.control.asked) == asked
 
 
+def test_a_device_that_is_mended_goes_on_and_both_sides_look(rig: Rig) -> None:
+    rig.run()
+    rig.function.broken()
+    rig.read(ISR, 1)
+    rig.function.queue_interrupt(0)
+    rig.write(NOTIFY, 2, 0)
+    assert rig.function.mended()
+    assert rig.status == OK
+    assert rig.kicked() == [1, 1]
+    assert rig.read(ISR, 1) == 1
+    rig.write(NOTIFY, 2, 0)
+    assert rig.kicked() == [1, 0]
+
+
+def test_a_device_that_was_reset_or_never_broke_is_not_mended(rig: Rig) -> None:
+    rig.run()
+    assert not rig.function.mended()
+    rig.function.broken()
+    rig.set_status(0)
+    assert not rig.function.mended()
+    assert (rig.status, rig.kicked()) == (0, [0, 0])
+
+
 # Queues (4.1.4.3)
 
 

@@ -84,8 +84,8 @@ def test_a_guest_that_hangs_after_a_panic_is_stopped_by_a_signal(launch: Launch,
 
 
 @pytest.mark.parametrize("worker", ["console/receiveq", "console/transmitq", "block0/requestq", "rng0/requestq"])
-def test_a_workers_death_ends_the_guest_and_is_told(launch: Launch, disk: Path, worker: str) -> None:
-    guest = launch(f"--block={disk}", "--rng")
+def test_a_workers_death_ends_the_guest_if_the_user_wants_it(launch: Launch, disk: Path, worker: str) -> None:
+    guest = launch(f"--block={disk}", "--rng", "--on-crash=stop")
     guest.boot()
     os.kill(guest.members()[worker], signal.SIGKILL)
     assert guest.wait() == 4

@@ -30,7 +30,9 @@ from lguest_mp.memory import GuestMemory
 from lguest_mp.protocol import DeviceReset, DriverReady, QueueReady, QueueReset
 from lguest_mp.supervisor.parts import MachineBody, Parts
 from lguest_mp.supervisor.run import run
+from lguest_mp.virtio import ledger
 from lguest_mp.virtio.device import Device, DeviceId, QueueLayout
+from lguest_mp.virtio.ledger import Ledger
 from lguest_mp.worker import WorkerContext
 
 LAYOUT = QueueLayout(256, 0x1000, 0x2000, 0x3000)
@@ -54,6 +56,9 @@ class Order(IntEnum):
     EXIT = 7
     TELL_UID = 8
     BABBLE = 9
+    CRASH_AT_WORK = 10
+    SPIN = 11
+    WAIT_FOR_HOST = 12
 
 
 class FakeDevice(Device):
@@ -73,11 +78,11 @@ class FakeDevice(Device):
     def serve(self, queue_index: int, queue: Any, context: WorkerContext) -> None:
         if self._stubborn:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        kick, call = queue
+        kick, call, account = queue
         while True:
-            self._obey(Order(os.eventfd_read(kick)), call, context)
+            self._obey(Order(os.eventfd_read(kick)), call, context, account)
 
-    def _obey(self, order: Order, call: int, context: WorkerContext) -> None:
+    def _obey(self, order: Order, call: int, context: WorkerContext, account: Ledger) -> None:  # noqa: PLR0912
         match order:
             case Order.TELL_PID:
                 os.eventfd_write(call, os.getpid())
@@ -97,6 +102,16 @@ class FakeDevice(Device):
             case Order.BABBLE:
                 context.log("x" * 100_000)
                 os.eventfd_write(call, 1)
+            case Order.CRASH_AT_WORK:
+                account.fields[ledger.PHASE] = ledger.Phase.SERVING
+                os.kill(os.getpid(), signal.SIGKILL)
+            case Order.SPIN:
+                account.fields[ledger.PHASE] = ledger.Phase.SERVING
+                while True:
+                    pass
+            case Order.WAIT_FOR_HOST:
+                account.fields[ledger.PHASE] = ledger.Phase.WAITING
+                wait_for_the_end()
             case Order.EXIT:
                 os._exit(9)
 
@@ -371,6 +386,84 @@ def broken_device(machine: Machine) -> None:
     machine.tell(protocol.PowerOff())
 
 
+# ---- Scenarios: workers that crash ----
+
+
+def _crash(machine: Machine, order: Order, device: int = BLOCK, queue: int = 0) -> None:
+    """Has a worker crash, and waits for the next one."""
+    before = machine.pid(device, queue)
+    machine.order(device, queue, order)
+    while not is_gone(before):
+        time.sleep(0.001)
+    assert machine.pid(device, queue) != before
+
+
+def crashes(machine: Machine) -> None:
+    """Three workers of one queue, one after the other; nobody else ends, and the machine is not told."""
+    for device in (CONSOLE, BLOCK):
+        machine.make_ready(device)
+    others = machine.pid(CONSOLE, 0), machine.pid(CONSOLE, 1)
+    for order in (Order.CRASH, Order.HAVE_A_BUG, Order.EXIT):
+        _crash(machine, order)
+    assert (machine.pid(CONSOLE, 0), machine.pid(CONSOLE, 1)) == others
+    machine.events.setblocking(False)
+    with suppress(BlockingIOError):
+        raise AssertionError(protocol.receive(machine.events))
+    machine.tell(protocol.PowerOff())
+
+
+def crashes_too_often(machine: Machine) -> None:
+    """Until the device is stopped; a reset by its driver brings it back."""
+    for device in (CONSOLE, BLOCK):
+        machine.make_ready(device)
+    for _ in range(int(machine.config.arguments[0])):
+        _crash(machine, Order.CRASH, CONSOLE, 1)
+    other = machine.pid(CONSOLE, 0)
+    machine.order(CONSOLE, 1, Order.CRASH)
+    assert protocol.receive(machine.events) == protocol.DeviceBroken(CONSOLE)
+    machine.ask(DeviceReset(CONSOLE))
+    assert is_gone(other)
+    machine.make_ready(CONSOLE)
+    machine.pid(CONSOLE, 1)
+    machine.pid(BLOCK)
+    machine.tell(protocol.PowerOff())
+
+
+def crashes_in_a_loop(machine: Machine) -> None:
+    """A worker that completes nothing; a reset comes while its next successor is waited for."""
+    machine.make_ready(BLOCK)
+    for _ in range(3):
+        _crash(machine, Order.CRASH_AT_WORK)
+    last = machine.pid(BLOCK)
+    machine.order(BLOCK, 0, Order.CRASH_AT_WORK)
+    while not is_gone(last):
+        time.sleep(0.001)
+    machine.ask(DeviceReset(BLOCK))
+    machine.ask(DeviceReset(BLOCK))
+    machine.make_ready(BLOCK)
+    machine.pid(BLOCK)
+    machine.tell(protocol.PowerOff())
+
+
+def gets_stuck(machine: Machine) -> None:
+    """In each way in which a worker can; the last one only waits."""
+    machine.make_ready(BLOCK)
+    for wait_first in (False, True):
+        pid = machine.pid(BLOCK)
+        if wait_first:
+            machine.order(BLOCK, 0, Order.WAIT_FOR_HOST)
+            time.sleep(1)
+            assert not is_gone(pid), "waiting is not being stuck"
+        os.kill(pid, signal.SIGSTOP)
+        machine.order(BLOCK, 0, Order.TELL_PID)
+        while not is_gone(pid):
+            time.sleep(0.01)
+        assert machine.answer(BLOCK, 0) != pid
+    machine.order(BLOCK, 0, Order.SPIN)
+    machine.pid(BLOCK)
+    machine.tell(protocol.PowerOff())
+
+
 # ---- Scenarios: what processes hold ----
 
 
@@ -428,8 +521,11 @@ def reboots(machine: Machine) -> None:
     supervisor = os.getppid()
     machine.make_ready(BLOCK)
     machine.pid(BLOCK)
+    if lives == 0:
+        _crash(machine, Order.CRASH)
     opened = len(os.listdir(f"/proc/{supervisor}/fd"))
     say("life", lives, "pid", supervisor, "files", opened, "reboots", os.environ.get("LGUEST_REBOOTS", "0"))
+    say("restarts", os.environ.get("LGUEST_RESTARTS", ""))
     machine.tell(protocol.PowerOff() if lives == int(machine.config.arguments[0]) else protocol.Reboot())
 
 
@@ -450,6 +546,7 @@ SCENARIOS: dict[str, Callable[[Machine], None]] = {
         *(power_off, die, vanish, crash, cannot, ctrl_c, hang, forked_only),
         *(babble, unknown_device, unknown_queue, wrong_queue_count, ready_twice, two_requests_at_once),
         *(queue_of_a_reset_device, an_answer_of_its_own, ready_again),
+        *(crashes, crashes_too_often, crashes_in_a_loop, gets_stuck),
         *(log, resets, resets_under_load, resets_of_nothing, queue_resets, stubborn_worker),
         *(stubborn_worker_at_the_end, broken_device, files, who, sizes, echo, reboots, reboots_in_place),
     )
@@ -488,10 +585,12 @@ def parts(scenario: str) -> Parts:
         return body
 
     def make_queue(  # noqa: PLR0917 -- as a worker calls it
-        memory: GuestMemory, layout: QueueLayout, features: int, kick: int, call: int, watch: object
+        memory: GuestMemory, layout: QueueLayout, features: int, kick: int, call: int, watch: object, account: Ledger
     ) -> Any:
         assert (layout, features, watch) == (LAYOUT, FEATURES, None)
-        return kick, call
+        # Nobody but the kicks knows what there is to do.
+        account.fields[ledger.PHASE] = ledger.Phase.IDLE
+        return kick, call, account
 
     return Parts(
         read_kernel=lambda config: FakeKernel(),

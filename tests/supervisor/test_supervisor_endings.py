@@ -44,7 +44,7 @@ def test_a_bug_in_the_machine_shows_its_traceback(launch: Launch) -> None:
 
 @pytest.mark.parametrize("worker", ["console/receiveq", "console/transmitq", "block0/requestq"])
 def test_a_worker_is_killed(launch: Launch, worker: str) -> None:
-    launcher = launch("hang")
+    launcher = launch("hang", "--on-crash=stop")
     os.kill(launcher.wait_until_up()[worker], signal.SIGKILL)
     assert launcher.finish() == 4
     assert launcher.lines == [f"the worker {worker} was killed by SIGKILL; the guest is stopped"]
@@ -55,13 +55,13 @@ def test_a_worker_is_killed(launch: Launch, worker: str) -> None:
     [("crash", "was killed by SIGSEGV"), ("exit", "exited with status 9"), ("have_a_bug", "exited with status 70")],
 )
 def test_a_worker_ends_by_itself(launch: Launch, order: str, how: str) -> None:
-    launcher = launch(f"worker_{order}")
+    launcher = launch(f"worker_{order}", "--on-crash=stop")
     assert launcher.finish() == 4
     assert launcher.lines == [f"the worker block0/requestq {how}; the guest is stopped"]
 
 
 def test_a_bug_in_a_worker_shows_its_traceback(launch: Launch) -> None:
-    launcher = launch("worker_have_a_bug")
+    launcher = launch("worker_have_a_bug", "--on-crash=stop")
     launcher.finish()
     assert "RuntimeError: a bug of ours" in launcher.output
 

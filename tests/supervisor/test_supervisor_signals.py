@@ -40,7 +40,7 @@ def test_children_leave_the_terminals_signals_to_the_supervisor(launch: Launch, 
 def test_what_its_parent_ignores_it_ignores(launch: Launch) -> None:
     """As under nohup; SIGCHLD too, which would have Linux reap its children."""
     shell = ("/bin/sh", "-c", 'trap "" HUP CHLD; exec "$@"', "sh", sys.executable, str(FAKE_GUEST))
-    launcher = launch("hang", launcher=shell)
+    launcher = launch("hang", "--on-crash=stop", launcher=shell)
     members = launcher.wait_until_up()
     launcher.signal(signal.SIGHUP)
     launcher.signal(signal.SIGUSR1)

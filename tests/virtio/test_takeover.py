@@ -277,7 +277,7 @@ Kill = Callable[[Callable[[], object]], str | None]
 
 
 def at_every_instruction(scenario: Callable[[MockDriver, Ledger, Kill], None], features: int = ALL) -> None:
-    """Runs a scenario again and again; the worker in it, run by what it is given, is killed a little later each time."""
+    """Runs a scenario again and again; the worker in it, run by a Kill, is killed a little later each time."""
     instruction = 0
     while True:
         ended = False

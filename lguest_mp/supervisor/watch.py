@@ -1,0 +1,123 @@
+"""Finding workers that live and do not work.
+
+A worker that has something to do and gets nothing done, for longer than anybody should wait, is as good as dead: it was
+stopped by a signal, it is blocked in a disk that does not answer, it spins. Whether it is so is told by its queue's
+ledger (what it does, how much it has completed), by its notifications that nobody reads, and by Linux, which tells a
+parent of children that are stopped. What it is that it does instead is asked of psutil, for the person who reads it.
+
+Waiting is not working: a worker that waits for its driver, for a key to be typed, for a frame, or for a terminal to
+take output, may do so for ever. One that is *stopped* while it waits for the host is stuck all the same, since nothing
+that comes can wake it.
+
+The supervisor may have been stopped itself, with everybody else or alone. Then all is forgotten and begins anew.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lguest_mp.supervisor import processes
+from lguest_mp.supervisor.loop import is_readable
+from lguest_mp.supervisor.workers import Worker, WorkerLife
+from lguest_mp.virtio.ledger import Phase
+
+if TYPE_CHECKING:
+    from lguest_mp.supervisor.loop import Loop
+
+#: How often (seconds) is looked at the most, and how many looks a worker gets before it is stuck.
+_LONGEST_INTERVAL = 5.0
+_LOOKS = 4
+#: A process that computes for so much of the time spins.
+_SPINNING = 0.5
+
+
+@dataclass
+class _Suspicion:
+    """A worker that had something to do, and what it had completed, ``since`` (time.monotonic)."""
+
+    progress: tuple[int, int]
+    since: float
+    #: How much CPU time (seconds) it had used; None: not known.
+    cpu_time: float | None = None
+    is_asked: bool = False
+
+
+class Watch:
+    """Looks at ``workers()`` again and again, and tells ``found`` of those that are stuck, and why, in words."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        workers: Callable[[], Iterable[Worker]],
+        patience: float,
+        found: Callable[[Worker, str], None],
+    ) -> None:
+        """``patience``: how long (seconds) a worker may take for nothing."""
+        self._loop = loop
+        self._workers = workers
+        self._patience = patience
+        self._found = found
+        self._interval = min(_LONGEST_INTERVAL, patience / _LOOKS)
+        self._suspicions: dict[Worker, _Suspicion] = {}
+        self._last = time.monotonic()
+        loop.later(self._interval, self._look)
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if now - self._last > 2 * self._interval:
+            self._suspicions.clear()
+        self._last = now
+        before, self._suspicions = self._suspicions, {}
+        for each in self._workers():
+            if each.life in {WorkerLife.STARTING, WorkerLife.SERVING} and each.verdict is None and _has_work(each):
+                self._suspect(each, before.get(each), now)
+        self._loop.later(self._interval, self._look)
+
+    def _suspect(self, each: Worker, before: _Suspicion | None, now: float) -> None:
+        account = each.post.account.account()
+        progress = (account.progress, account.requests)
+        if before is None or before.progress != progress:
+            self._suspicions[each] = _Suspicion(progress, now)
+            return
+        self._suspicions[each] = before
+        if not before.is_asked:  # the second look in a row: worth asking
+            before.is_asked = True
+            before.since = min(before.since, now)
+            before.cpu_time = processes.look_at(each.child.name, each.child.pid).seconds
+        elif now - before.since >= self._patience:
+            del self._suspicions[each]
+            self._found(each, _describe(each, before, now, self._interval))
+
+
+def _has_work(each: Worker) -> bool:
+    match each.post.account.account().phase:
+        case Phase.SERVING:
+            return True
+        case Phase.IDLE:
+            return is_readable(each.post.kick)
+        case Phase.WAITING:
+            return _is_stopped(each)
+
+
+def _is_stopped(each: Worker) -> bool:
+    """Whether it is stopped by a signal (or a debugger) now. Works without /proc, for a parent."""
+    told = os.waitid(os.P_PIDFD, each.child.pidfd, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
+    return told is not None
+
+
+def _describe(each: Worker, suspicion: _Suspicion, now: float, interval: float) -> str:
+    """What a stuck worker does, in words that continue "it"."""
+    if _is_stopped(each):
+        return "is stopped by a signal"
+    seen = processes.look_at(each.child.name, each.child.pid)
+    if seen.state == "disk-sleep":
+        return "is blocked in the host, which does not answer (uninterruptible sleep)"
+    if seen.seconds is not None and suspicion.cpu_time is not None:
+        used = seen.seconds - suspicion.cpu_time
+        if used >= _SPINNING * (now - suspicion.since - interval):
+            return f"spins, with {used:.0f} s of CPU time"
+    return "hangs" if seen.state is None else f"hangs ({seen.state})"

@@ -1,0 +1,237 @@
+"""Workers: forking them, hearing them, stopping them, and noticing that they have ended.
+
+What becomes of a device whose worker has ended is not decided here but in ``devices.py``.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lguest_mp import protocol, worker
+from lguest_mp.errors import LguestError
+from lguest_mp.protocol import ProtocolError
+from lguest_mp.supervisor import children
+from lguest_mp.supervisor.children import Child
+from lguest_mp.supervisor.log import say
+from lguest_mp.virtio import ledger
+from lguest_mp.virtio.ledger import Ledger
+
+if TYPE_CHECKING:
+    from lguest_mp.supervisor.children import Naming
+    from lguest_mp.supervisor.loop import Loop, Timer
+    from lguest_mp.supervisor.parts import WriteWatches
+    from lguest_mp.supervisor.resources import Resources
+    from lguest_mp.virtio.device import Device, QueueLayout
+
+
+class WorkerLife(Enum):
+    """Where a worker is in its life."""
+
+    STARTING = auto()
+    SERVING = auto()
+    #: It was told to end, and is not to be replaced.
+    STOPPING = auto()
+    #: It was told to end, and is to be replaced.
+    LEAVING = auto()
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the driver has decided for one queue."""
+
+    features: int
+    layout: QueueLayout
+
+
+@dataclass(eq=False)
+class Post:
+    """One queue of one device: what its workers are given, one after the other.
+
+    ``number`` counts over all queues of the guest. ``name`` is its workers', as in ``ps``.
+    """
+
+    device: Device
+    queue: int
+    number: int
+    kick: int
+    call: int
+    account: Ledger = field(default_factory=Ledger)
+
+    @property
+    def name(self) -> str:
+        return f"{self.device.name}/{self.device.queue_names[self.queue]}"
+
+
+@dataclass(eq=False)
+class Worker:
+    """A process that serves one queue."""
+
+    post: Post
+    child: Child
+    reports: socket.socket
+    #: How much the queue's workers had completed when this one began.
+    requests_before: int
+    life: WorkerLife = WorkerLife.STARTING
+    #: Kills it when it was told to end and does not.
+    deadline: Timer | None = None
+    #: What it said about the driver before it stopped.
+    broken: str = "the driver broke the virtio standard"
+    #: Why it was killed, if it was found stuck.
+    verdict: str | None = None
+
+    @property
+    def was_fruitful(self) -> bool:
+        """Whether it has completed something, or had nothing to do when it ended."""
+        account = self.post.account.account()
+        return account.requests != self.requests_before or account.phase is not ledger.Phase.SERVING
+
+
+@dataclass(frozen=True)
+class WorkerListener:
+    """Whom the workers' lives concern. ``ended`` gets the status as of wait(2)."""
+
+    ended: Callable[[Worker, int], None]
+    reconfigured: Callable[[Worker, int, bytes], None]
+    interrupted: Callable[[], None]
+    broke_protocol: Callable[[Worker], None]
+
+
+class Workers:
+    """Those of one guest."""
+
+    def __init__(  # noqa: PLR0917 -- what workers are made of
+        self,
+        owned: Resources,
+        watches: WriteWatches | None,
+        naming: Naming,
+        loop: Loop,
+        listener: WorkerListener,
+        grace: float,
+    ) -> None:
+        """``grace``: how many seconds a worker has to end before it is killed."""
+        self._resources = owned
+        self._watches = watches
+        self._naming = naming
+        self._loop = loop
+        self._listener = listener
+        self._grace = grace
+        self._all: dict[Post, Worker] = {}
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._all.values())
+
+    def fork(self, post: Post, assignment: Assignment) -> Worker:
+        """Has ``post``'s queue served. LguestError if the host cannot."""
+        name = post.name
+        try:
+            ours, theirs = protocol.channel_pair()
+        except OSError as error:
+            raise LguestError(f"cannot make a channel for {name}: {error.strerror}") from error
+        account = post.account.account()
+        post.account.fields[ledger.PHASE] = ledger.Phase.SERVING
+        with theirs:
+            try:
+                with post.account.inherited():
+                    child = children.fork(name, partial(self._be_worker, post, assignment, theirs))
+            except BaseException:
+                ours.close()
+                raise
+        each = self._all[post] = Worker(post, child, ours, account.requests)
+        self._loop.watch(ours.fileno(), lambda: self._on_report(each))
+        self._loop.watch(child.pidfd, lambda: self._on_exit(each))
+        self._verbose(f"{name} is process {child.pid}")
+        return each
+
+    def _be_worker(self, post: Post, assignment: Assignment, channel: socket.socket) -> int:
+        """The body of a worker process; its exit status."""
+        device, watches = post.device, self._watches
+        keep = [post.kick, post.call, channel.fileno(), *device.files]
+        if watches is not None:
+            keep += watches.worker_files(post.number)
+        children.keep_only(keep, self._resources.null)
+        self._naming.take(post.name, post.name)
+        make_queue, memory = self._resources.parts.make_queue, self._resources.memory
+        layout, features = assignment.layout, assignment.features
+        watch = None if watches is None else watches.writer(post.number)
+        return worker.run(
+            device,
+            post.queue,
+            lambda: make_queue(memory, layout, features, post.kick, post.call, watch, post.account),
+            channel,
+        )
+
+    def stop(self, each: Worker, life: WorkerLife = WorkerLife.STOPPING) -> None:
+        """Tells a worker to end: for good, or (LEAVING) to be replaced. Its end is heard of like any other."""
+        if each.life not in {WorkerLife.STOPPING, WorkerLife.LEAVING}:
+            each.deadline = self._loop.later(self._grace, lambda: each.child.signal(signal.SIGKILL))
+            each.child.end()
+        if each.life is not WorkerLife.STOPPING:
+            each.life = life
+
+    def kill(self, each: Worker, verdict: str) -> None:
+        """Kills one that is stuck; ``verdict`` is how it is told to have ended."""
+        if each.verdict is None:
+            each.verdict = verdict
+            each.child.signal(signal.SIGKILL)
+            each.deadline = self._loop.later(
+                self._grace, lambda: say(f"{each.child.name} does not even die; its queue waits for the host")
+            )
+
+    def end_all(self) -> None:
+        """Ends every worker, waits for it, and hears what it still had to say."""
+        everybody = list(self)
+        children.end_all([each.child for each in everybody], self._grace)
+        for each in everybody:
+            self._forget(each)
+
+    def _forget(self, each: Worker) -> None:
+        self._loop.finish(each.reports.fileno(), lambda: self._on_report(each))
+        each.reports.close()
+        if each.deadline is not None:
+            each.deadline.cancel()
+        self._loop.forget(each.child.pidfd)
+        del self._all[each.post]
+
+    def _on_exit(self, each: Worker) -> None:
+        self._forget(each)
+        self._listener.ended(each, each.child.reap())
+
+    def _on_report(self, each: Worker) -> None:
+        try:
+            message = protocol.receive(each.reports, socket.MSG_DONTWAIT)
+            if message is None:
+                self._loop.forget(each.reports.fileno())
+            else:
+                self._hear(each, message)
+        except BlockingIOError:
+            return
+        except (ProtocolError, ValueError):
+            self._loop.forget(each.reports.fileno())
+            self._listener.broke_protocol(each)
+
+    def _hear(self, each: Worker, message: protocol.Message) -> None:
+        match message:
+            case protocol.Serving():
+                if each.life is WorkerLife.STARTING:
+                    each.life = WorkerLife.SERVING
+            case protocol.Log(text, verbose):
+                if not verbose or self._resources.config.verbose:
+                    say(text)
+            case protocol.Interrupted():
+                self._listener.interrupted()
+            case protocol.Reconfigured(offset, data):
+                self._listener.reconfigured(each, offset, bytes.fromhex(data))
+            case protocol.Broken(text):
+                each.broken = text
+            case _:
+                raise ProtocolError(f"{type(message).__name__} comes from a worker")
+
+    def _verbose(self, text: str) -> None:
+        if self._resources.config.verbose:
+            say(text)
