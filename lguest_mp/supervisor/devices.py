@@ -355,13 +355,15 @@ class Devices:
             self._restart_queue(queue)
 
     def _restart_queue(self, queue: QueueService) -> None:
-        if queue.worker is not None:
-            if queue.worker.life is WorkerLife.STOPPING:  # of a device that was given up a moment ago
-                queue.worker.life = WorkerLife.LEAVING
-            self._workers.stop(queue.worker, WorkerLife.LEAVING)
-        elif queue.assignment is not None:
+        if queue.assignment is None:
+            return
+        if queue.worker is None:
             queue.close_gap()
             self._replace(queue, 0.0)
+            return
+        if queue.worker.life is WorkerLife.STOPPING:  # its device was given up a moment ago
+            queue.worker.life = WorkerLife.LEAVING
+        self._workers.stop(queue.worker, WorkerLife.LEAVING)
 
     def reset(self, served: ServedDevice) -> None:
         """Stops a device; the guest is told that it needs a reset (virtio 1.2, 2.1.2). LguestError: not in use."""

@@ -37,7 +37,8 @@ BYTES = 3
 MOMENT = 4
 _FIELDS = 5
 
-_VALID = 1 << 16
+#: Of PROGRESS: the index below says something.
+VALID = 1 << 16
 _COUNTS_LIMIT = 1 << 63
 TAKEN_SHIFT = 32
 TAKEN_LIMIT = 1 << 20
@@ -113,14 +114,9 @@ class Ledger:
         )
 
 
-def progress(done: int) -> int:
-    """The value of PROGRESS for buffers completed up to ``done``, and nothing taken."""
-    return done | _VALID
-
-
 def done(progress: int) -> int | None:
     """Up to where buffers are completed; None: it does not say."""
-    return progress & 0xFFFF if progress & _VALID else None
+    return progress & 0xFFFF if progress & VALID else None
 
 
 def taken(progress: int) -> tuple[int, int]:

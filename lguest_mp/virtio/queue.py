@@ -64,7 +64,18 @@ from lguest_mp.errors import DeviceProtocolError, GuestAddressError
 from lguest_mp.memory import GuestMemory
 from lguest_mp.virtio import fence, ledger
 from lguest_mp.virtio.device import Feature, QueueLayout
-from lguest_mp.virtio.ledger import Ledger, Phase
+from lguest_mp.virtio.ledger import (
+    BYTES,
+    MARK_SHIFT,
+    MOMENT,
+    PHASE,
+    PROGRESS,
+    REQUESTS,
+    TAKEN_SHIFT,
+    VALID,
+    Ledger,
+    Phase,
+)
 
 if TYPE_CHECKING:
     from lguest_mp.codemap import WriteWatch
@@ -206,7 +217,7 @@ class Queue:
 
     def _take_over(self) -> None:
         """Goes on where a predecessor was killed: publishes what it had completed, and interrupts in its place."""
-        said = self._fields[ledger.PROGRESS]
+        said = self._fields[PROGRESS]
         done = ledger.done(said)
         if done is None:
             return
@@ -254,7 +265,7 @@ class Queue:
 
     def is_waiting(self, waiting: bool) -> None:
         """Tells those who watch that this worker waits for the host, perhaps for long, or that it goes on."""
-        self._fields[ledger.PHASE] = _WAITING if waiting else _SERVING
+        self._fields[PHASE] = _WAITING if waiting else _SERVING
 
     def pop(self) -> Chain | None:
         """The next buffer, if there is one now."""
@@ -280,14 +291,14 @@ class Queue:
         successor finds in :attr:`taken` how much it was, and ``mark`` (a number below MARK_LIMIT) with it. What is lost
         is what the host gives in the very moment before it is noted here: some hundred nanoseconds.
         """
-        so_far = ledger.progress(self._done) | mark << ledger.MARK_SHIFT
+        so_far = self._done | VALID | mark << MARK_SHIFT
         length = read(views)
-        self._fields[ledger.PROGRESS] = so_far | length << ledger.TAKEN_SHIFT
+        self._fields[PROGRESS] = so_far | length << TAKEN_SHIFT
         return length
 
     def forget_taken(self) -> None:
         """What was taken is not in the buffers any more."""
-        self._fields[ledger.PROGRESS] = ledger.progress(self._done)
+        self._fields[PROGRESS] = self._done | VALID
 
     def push(self, chain: Chain, written: int, data: int | None = None) -> None:
         """The device is done with ``chain`` and has filled the first ``written`` bytes of its writable part.
@@ -296,7 +307,10 @@ class Queue:
         ``data`` is how many bytes were moved for it, for those who watch; None: ``written``.
         """
         self._complete(chain, written)
-        self._settle(written if data is None else data)
+        # From here on a successor does not serve it again.
+        self._fields[PROGRESS] = self._done | VALID
+        self._requests += 1
+        self._bytes += written if data is None else data
         if (self._done - self._used_index) & 0xFFFF >= BATCH:
             self.flush()
 
@@ -309,11 +323,7 @@ class Queue:
         for chain, written in parts:
             self._complete(chain, written)
             data += written
-        self._settle(data)
-
-    def _settle(self, data: int) -> None:
-        """One request, of ``data`` bytes, is completed: from here on a successor does not serve it again."""
-        self._fields[ledger.PROGRESS] = ledger.progress(self._done)
+        self._fields[PROGRESS] = self._done | VALID
         self._requests += 1
         self._bytes += data
 
@@ -353,9 +363,9 @@ class Queue:
             self._written.clear()
         self._used_index = self._used[1] = index
         fields = self._fields
-        fields[ledger.REQUESTS] = self._requests
-        fields[ledger.BYTES] = self._bytes
-        fields[ledger.MOMENT] = time.monotonic_ns()
+        fields[REQUESTS] = self._requests
+        fields[BYTES] = self._bytes
+        fields[MOMENT] = time.monotonic_ns()
         if (index - self._signalled) & 0xFFFF >= self.size:
             self._signal()
 
@@ -393,10 +403,10 @@ class Queue:
             self._used[0] = 0
         self._fence()
         if self._available[1] == index:
-            self._fields[ledger.PHASE] = _IDLE
+            self._fields[PHASE] = _IDLE
             if seconds is None or self._is_kicked_within(seconds):
                 os.read(self._kick, 8)
-            self._fields[ledger.PHASE] = _SERVING
+            self._fields[PHASE] = _SERVING
         if not self._event_idx:
             self._suppress_notifications()
 
