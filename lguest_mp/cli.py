@@ -18,7 +18,7 @@ from lguest_mp import __version__
 from lguest_mp.config import STUCK_AFTER, BlockConfig, CrashPolicy, DeviceConfig, GuestConfig, OnCrash, RngConfig
 from lguest_mp.errors import LguestError
 from lguest_mp.supervisor import ending
-from lguest_mp.supervisor.log import say
+from lguest_mp.supervisor.log import Level, say
 
 _USAGE = "usage: lguest [options] <mem-in-mb> <kernel> [kernel arguments...]"
 _HELP = f"""{_USAGE}
@@ -211,10 +211,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(str(told))
         return 0
     except UsageError as error:
-        say(f"{error}; {_USAGE} (--help tells more)")
+        say(f"{error}; {_USAGE} (--help tells more)", Level.ERROR)
         return ending.ExitStatus.USAGE
     except LguestError as error:
-        say(str(error))
+        say(str(error), Level.ERROR)
         return ending.ExitStatus.FAILED
     except KeyboardInterrupt:
         import signal  # noqa: PLC0415
@@ -234,7 +234,7 @@ def conclude(how: ending.Ending) -> int:  # noqa: RET503 -- two of the three way
     match how:
         case ending.Exit(status, line):
             if line is not None:
-                say(line)
+                say(line, Level.ERROR)
             return status
         case ending.Signalled(signum):
             ending.die_by(signum)

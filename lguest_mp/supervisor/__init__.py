@@ -12,5 +12,6 @@ One chapter each, in the order in which a guest lives through them:
 - ``ending``: the ways in which it ends, with the line and the exit status of each;
 - ``reboot``: starting afresh, by exec or in place;
 - ``processes``: what psutil sees of all this;
+- ``log``, ``complaints``, ``stderr``: what is said, by us and by our children, and showing it without ever waiting;
 - ``run``: all of it, once.
 """

@@ -10,6 +10,7 @@ writes to whatever it looks at (reference counts). Each function that a worker c
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import select
 import signal
@@ -18,13 +19,18 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from lguest_mp import prctl, worker
 from lguest_mp.errors import LguestError
 from lguest_mp.supervisor import signals
+from lguest_mp.supervisor.complaints import Complaints
 from lguest_mp.supervisor.log import say
 from lguest_mp.title import Title
+
+if TYPE_CHECKING:
+    from lguest_mp.supervisor.log import Log
+    from lguest_mp.supervisor.loop import Loop
 
 
 @dataclass(eq=False)
@@ -34,6 +40,8 @@ class Child:
     name: str
     pid: int
     pidfd: int
+    #: What it writes to standard error; None: it has ours.
+    complaints: Complaints | None = None
 
     def signal(self, signum: signal.Signals) -> None:
         """Sends it a signal; does nothing if it has ended."""
@@ -52,10 +60,20 @@ class Child:
         return bool(poller.poll(max(0, timeout) * 1000))
 
     def reap(self) -> int:
-        """Waits for its end and forgets it; the status as of wait(2)."""
+        """Waits for its end, takes its last words, and forgets it; the status as of wait(2)."""
         _, status = os.waitpid(self.pid, 0)
         os.close(self.pidfd)
+        if self.complaints is not None:
+            self.complaints.finish()
         return status
+
+
+@dataclass(frozen=True)
+class Ear:
+    """Where what children write to their standard error is waited for, and where it goes."""
+
+    loop: Loop
+    log: Log
 
 
 class Naming:
@@ -71,19 +89,30 @@ class Naming:
         prctl.set_comm(comm)
 
 
-def fork(name: str, body: Callable[[], int]) -> Child:
-    """Forks a child that runs ``body`` and exits with what it returns. The body is to call :func:`keep_only` soon."""
+def fork(name: str, body: Callable[[], int], ear: Ear | None = None) -> Child:
+    """Forks a child that runs ``body`` and exits with what it returns. The body is to call :func:`keep_only` soon.
+
+    With an ``ear`` its standard error goes there; without, it is ours.
+    """
     parent = os.getpid()
-    try:
-        pid = os.fork()
-        if pid == 0:
-            _be_child(parent, body)
-        pidfd = _open_pidfd(pid)
-    except OSError as error:
-        raise LguestError(
-            f"cannot fork {name}: {error.strerror}; the host is short of processes, memory or files"
-        ) from error
-    return Child(name, pid, pidfd)
+    with contextlib.ExitStack() as unless_forked, contextlib.ExitStack() as forked:
+        try:
+            errors = writing = None
+            if ear is not None:
+                errors, writing = os.pipe2(os.O_CLOEXEC)
+                unless_forked.callback(os.close, errors)
+                forked.callback(os.close, writing)
+            pid = os.fork()
+            if pid == 0:
+                _be_child(parent, body, writing)
+            pidfd = _open_pidfd(pid)
+        except OSError as error:
+            raise LguestError(
+                f"cannot fork {name}: {error.strerror}; the host is short of processes, memory or files"
+            ) from error
+        unless_forked.pop_all()
+    complaints = None if ear is None or errors is None else Complaints(name, errors, ear.loop, ear.log)
+    return Child(name, pid, pidfd, complaints)
 
 
 def _open_pidfd(pid: int) -> int:
@@ -95,10 +124,13 @@ def _open_pidfd(pid: int) -> int:
         raise
 
 
-def _be_child(parent: int, body: Callable[[], int]) -> NoReturn:
+def _be_child(parent: int, body: Callable[[], int], errors: int | None) -> NoReturn:
     status = worker.BUG
     try:
         signals.unblock_in_child()
+        if errors is not None:
+            os.dup2(errors, 2)
+            faulthandler.enable(2)
         if prctl.die_with_parent(parent):
             status = body()
     except BaseException:  # nothing of the supervisor's own may run in here

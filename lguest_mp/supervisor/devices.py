@@ -37,7 +37,7 @@ from lguest_mp.config import OnCrash
 from lguest_mp.errors import LguestError
 from lguest_mp.protocol import DeviceReset, DriverReady, ProtocolError, QueueReady, QueueReset
 from lguest_mp.supervisor import children, ending
-from lguest_mp.supervisor.log import say
+from lguest_mp.supervisor.log import Level
 from lguest_mp.supervisor.loop import is_readable
 from lguest_mp.supervisor.restarts import Restarts
 from lguest_mp.supervisor.watch import Watch
@@ -283,7 +283,7 @@ class Devices:
         try:
             queue.worker = self._workers.fork(queue.post, queue.assignment)
         except LguestError as error:
-            say(f"{error}; trying again in {_FORK_AGAIN:g} s")
+            self._warn(f"{error}; trying again in {_FORK_AGAIN:g} s", queue.post.name)
             queue.gap = self._loop.later(_FORK_AGAIN, lambda: self._fill_gap(queue))
 
     # ---- When a worker ends ----
@@ -297,7 +297,7 @@ class Devices:
             case WorkerLife.LEAVING:
                 self._replace(queue, 0.0)
             case _ if os.WIFEXITED(status) and os.WEXITSTATUS(status) == worker.DRIVER_BROKE_STANDARD:
-                say(f"{each.child.name}: {each.broken}; the device needs a reset")
+                self._warn(f"{each.child.name}: {each.broken}; the device needs a reset", each.child.name)
                 self._give_up(served, DeviceLife.BROKEN)
             case _:
                 self._on_crash(served, queue, each, each.verdict or children.how_it_ended(status))
@@ -309,21 +309,21 @@ class Devices:
             case OnCrash.STOP:
                 self._listener.end(ending.worker_died(name, how))
             case OnCrash.RESET:
-                say(f"{name} {how}; the device needs a reset")
+                self._warn(f"{name} {how}; the device needs a reset", name)
                 self._give_up(served, DeviceLife.FAILED)
             case OnCrash.RESTART:
                 delay = queue.restarts.delay(time.monotonic(), fruitful=each.was_fruitful)
                 if delay is None:
                     often = f"after {policy.intensity} restarts within {policy.period:g} s"
-                    say(f"{name} {how}, {often}; the device is stopped and needs a reset")
+                    self._warn(f"{name} {how}, {often}; the device is stopped and needs a reset", name)
                     self._give_up(served, DeviceLife.FAILED)
                 else:
-                    say(f"{name} {how}; it is restarted{f' in {delay:g} s' if delay else ''}")
+                    self._warn(f"{name} {how}; it is restarted{f' in {delay:g} s' if delay else ''}", name)
                     self._replace(queue, delay)
 
     def _on_stuck(self, each: Worker, how: str) -> None:
-        patience = f"{self._resources.config.stuck_after:g} s"
-        say(f"{each.child.name} {how}, and has done nothing of its work for {patience}; it is killed")
+        name, patience = each.child.name, f"{self._resources.config.stuck_after:g} s"
+        self._warn(f"{name} {how}, and has done nothing of its work for {patience}; it is killed", name)
         self._workers.kill(each, f"was stuck ({how})")
 
     def _on_broken_protocol(self, each: Worker) -> None:
@@ -347,7 +347,7 @@ class Devices:
             case DeviceLife.BROKEN:
                 raise LguestError(f"{served.name} waits for its driver to reset it, since that broke the standard")
             case DeviceLife.FAILED:
-                say(f"{served.name} is served again")
+                self._warn(f"{served.name} is served again", served.name)
                 served.life = DeviceLife.SERVED
                 self._listener.tell_machine(protocol.DeviceMended(served.index))
         for queue in served.queues:
@@ -369,12 +369,14 @@ class Devices:
         """Stops a device; the guest is told that it needs a reset (virtio 1.2, 2.1.2). LguestError: not in use."""
         if served.life is not DeviceLife.SERVED:
             raise LguestError(f"{served.name} is not served now ({served.life.name.lower()})")
-        say(f"{served.name} needs a reset")
+        self._warn(f"{served.name} needs a reset", served.name)
         self._give_up(served, DeviceLife.FAILED)
 
     def _verbose(self, text: str) -> None:
-        if self._resources.config.verbose:
-            say(text)
+        self._resources.log.say(text, Level.INFO)
+
+    def _warn(self, text: str, about: str) -> None:
+        self._resources.log.tell(text, Level.WARNING, about)
 
 
 def drain(eventfd: int) -> None:

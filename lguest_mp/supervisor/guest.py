@@ -28,8 +28,9 @@ from lguest_mp import prctl, protocol, terminal
 from lguest_mp.errors import LguestError
 from lguest_mp.protocol import ProtocolError
 from lguest_mp.supervisor import children, ending, processes, resources
+from lguest_mp.supervisor.children import Ear
 from lguest_mp.supervisor.devices import Devices, Listener, Request
-from lguest_mp.supervisor.log import say
+from lguest_mp.supervisor.log import Level
 from lguest_mp.supervisor.loop import Loop
 from lguest_mp.supervisor.signals import STOPPING
 from lguest_mp.virtio.device import DeviceId
@@ -144,7 +145,9 @@ class Guest:
 
     def _start(self) -> EntryState:
         """Forks the machine process and loads the kernel meanwhile; the registers at its first instruction."""
-        self._machine = machine = children.fork("cpu", self._be_machine)
+        log = self._resources.log
+        self._loop.watch(log.fd, log.flush)
+        self._machine = machine = children.fork("cpu", self._be_machine, Ear(self._loop, log))
         self._machine_requests.close()
         self._machine_events.close()
         self._loop.watch(self._signals.fd, self._on_signals, first=True)
@@ -239,8 +242,7 @@ class Guest:
     def _obey(self, message: protocol.Message) -> None:
         match message:
             case protocol.Log(text, verbose):
-                if not verbose or self._resources.config.verbose:
-                    say(text)
+                self._resources.log.say(text, Level.INFO if verbose else Level.NOTICE, "cpu")
             case protocol.Interrupted():
                 self._end(ending.interrupted())
             case protocol.Failed(reason):
@@ -289,7 +291,8 @@ class Guest:
         self._loop.forget(helper.pidfd)
         how = children.how_it_ended(helper.reap())
         device.helper_ended()
-        say(f"{helper.name} {how}; {device.name} is without it from now on")
+        text = f"{helper.name} {how}; {device.name} is without it from now on"
+        self._resources.log.say(text, Level.WARNING, helper.name)
 
     # ---- Signals ----
 
@@ -335,8 +338,7 @@ class Guest:
     # ---- What the user sees ----
 
     def _verbose(self, text: str) -> None:
-        if self._resources.config.verbose:
-            say(text)
+        self._resources.log.say(text, Level.INFO)
 
     def _verbose_table(self) -> None:
         if self._resources.config.verbose:
@@ -345,7 +347,7 @@ class Guest:
     def _show_table(self) -> None:
         members = [("supervisor", os.getpid()), *((child.name, child.pid) for child in self._children())]
         for line in processes.table(members):
-            say(line)
+            self._resources.log.say(line)
 
     # ---- The end ----
 

@@ -1,13 +1,222 @@
-"""The launcher's own words: lines on standard error, each with the launcher's name in front."""
+"""The launcher's own words, and what the guest's processes say: kept for whoever asks later, and shown.
+
+Each line has a level, as syslog has them, and a source: which process it is of (``block0/requestq``, ``cpu``; the empty
+name is the supervisor). All are kept, of late ones so many as there is room for; what is merely informative is shown
+only when the user asked for it (``--verbose``).
+
+**Nobody can talk the others down.** When room is short, the source that takes up most of it loses its oldest line. And
+a source other than the supervisor may say so many lines at once, so many a second in the long run; of the rest is said
+only how many there were. A line has an end, and no control character in it reaches a terminal: it may hold what a guest
+made up, or a worker that is no longer itself.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import os
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from enum import IntEnum
+from itertools import islice
+from typing import Protocol
+
+from lguest_mp.supervisor.stderr import StandardError
+
+#: So many lines are kept, of so many characters together.
+MOST_ENTRIES = 1000
+MOST_CHARACTERS = 256 << 10
+#: What is longer is cut. A character may be four bytes, and no line may be longer than a pipe takes at once.
+LONGEST_LINE = 1000
+#: What a source other than the supervisor may say: lines at once, and lines a second.
+BURST = 200
+RATE = 10
+#: What each kept line takes beside its text, roughly and in characters: an empty line is not free.
+_OVERHEAD = 50
 
 
-def say(text: str) -> None:
-    """Shows one line. It may hold what a guest made up: no control character in it reaches the terminal."""
-    line = "".join(character if character.isprintable() else "?" for character in text)
-    with contextlib.suppress(OSError):  # nobody reads it; the guest's life goes on
-        os.write(2, f"lguest: {line}\n".encode(errors="replace"))
+class Level(IntEnum):
+    """How important a line is: syslog(3)'s severities, and sd-daemon(3)'s."""
+
+    ERROR = 3
+    WARNING = 4
+    NOTICE = 5
+    INFO = 6
+    DEBUG = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line. ``time``: seconds since the epoch; ``level``: a :class:`Level`; ``source``: "" is the supervisor."""
+
+    time: float
+    level: int
+    source: str
+    text: str
+
+
+class Output(Protocol):
+    """Where lines are shown. See :class:`lguest_mp.supervisor.stderr.StandardError`."""
+
+    @property
+    def fd(self) -> int:
+        """Readable when :meth:`flush` has something to do."""
+
+    def show(self, level: int, text: str) -> None:
+        """Shows one printable line; never waits."""
+
+    def flush(self) -> None:
+        """Shows what could not be shown so far, as far as that is possible now."""
+
+    def close(self) -> None:
+        """Shows what is left, if it can be done soon."""
+
+
+@dataclass(slots=True)
+class _Source:
+    """What is kept of one source, with each line's number in the whole log; and how much it may still say."""
+
+    kept: deque[tuple[int, Entry]] = field(default_factory=deque)
+    characters: int = 0
+    allowance: float = BURST
+    counted: float = 0.0
+    dropped: int = 0
+
+
+class Log:
+    """The log of one launcher. ``verbose``: everything is shown. ``clock`` (seconds, any origin) is for tests."""
+
+    def __init__(self, output: Output, *, verbose: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self._output = output
+        self._lowest = Level.DEBUG if verbose else Level.NOTICE
+        self._clock = clock
+        self._sources: dict[str, _Source] = {}
+        self._number = 0
+        self._entries = 0
+        self._characters = 0
+        self._subscribers: list[Callable[[Entry], None]] = []
+
+    # ---- Saying something ----
+
+    def say(self, text: str, level: Level = Level.NOTICE, source: str = "") -> None:
+        """One line of ``source``'s for a person, which names by itself what it is about."""
+        if self._allows(source, level):
+            self._add(level, source, text, text)
+
+    def tell(self, text: str, level: Level, about: str) -> None:
+        """One line of the supervisor's about ``about``, however much that has to say itself."""
+        self._add(level, about, text, text)
+
+    def quote(self, source: str, text: str, level: Level = Level.WARNING) -> None:
+        """One line that is no message to anybody: a process's words as it wrote them."""
+        if self._allows(source, level):
+            self._add(level, source, text, f"{source}: {text}")
+
+    def forgive(self, source: str) -> None:
+        """Whatever ``source`` said so far, it may say as much again as at first. For the last words of a process."""
+        found = self._sources.get(source)
+        if found is not None:
+            found.allowance = BURST
+            self._tell_dropped(source, found)
+
+    def _allows(self, source: str, level: Level) -> bool:
+        """Whether ``source`` may say one more line. Lines that nobody is shown are free: what is kept is bounded."""
+        if not source or level > self._lowest or level > Level.NOTICE:
+            return True
+        known = self._sources.setdefault(source, _Source(counted=self._clock()))
+        now = self._clock()
+        known.allowance = min(BURST, known.allowance + (now - known.counted) * RATE)
+        known.counted = now
+        if known.allowance < 1:
+            if not known.dropped:
+                self._add(Level.WARNING, source, "too many lines", f"{source}: too many lines; some are dropped")
+            known.dropped += 1
+            return False
+        known.allowance -= 1
+        self._tell_dropped(source, known)
+        return True
+
+    def _tell_dropped(self, source: str, known: _Source) -> None:
+        dropped, known.dropped = known.dropped, 0
+        if dropped:
+            text = f"{dropped} lines were dropped"
+            self._add(Level.WARNING, source, text, f"{source}: {text}")
+
+    def _add(self, level: Level, source: str, text: str, shown: str) -> None:
+        entry = Entry(time.time(), level, source, printable(text))
+        self._keep(entry)
+        if level <= self._lowest:
+            self._output.show(level, printable(shown))
+        for tell in tuple(self._subscribers):
+            tell(entry)
+
+    def _keep(self, entry: Entry) -> None:
+        source = self._sources.setdefault(entry.source, _Source(counted=self._clock()))
+        size = len(entry.text) + _OVERHEAD
+        source.kept.append((self._number, entry))
+        source.characters += size
+        self._number += 1
+        self._entries += 1
+        self._characters += size
+        while self._entries > MOST_ENTRIES or self._characters > MOST_CHARACTERS:
+            self._lose_one()
+
+    def _lose_one(self) -> None:
+        loudest = max(self._sources.values(), key=lambda source: source.characters)
+        _, lost = loudest.kept.popleft()
+        size = len(lost.text) + _OVERHEAD
+        loudest.characters -= size
+        self._entries -= 1
+        self._characters -= size
+
+    # ---- Asking what was said ----
+
+    def entries(self, source: str | None = None, last: int = MOST_ENTRIES) -> list[Entry]:
+        """The ``last`` lines (at most) that are kept of ``source``, or of all (None), in the order they were said."""
+        wanted = self._sources.values() if source is None else filter(None, [self._sources.get(source)])
+        newest = [pair for each in wanted for pair in islice(reversed(each.kept), max(0, last))]
+        newest.sort(key=lambda pair: pair[0])
+        return [entry for _, entry in newest[max(0, len(newest) - last) :]]
+
+    def subscribe(self, callback: Callable[[Entry], None]) -> Callable[[], None]:
+        """Has ``callback`` called with every line from now on, whatever its level, until what is returned is called.
+
+        The callback must not say anything itself, nor wait.
+        """
+        self._subscribers.append(callback)
+
+        def unsubscribe() -> None:
+            if callback in self._subscribers:
+                self._subscribers.remove(callback)
+
+        return unsubscribe
+
+    # ---- Showing what could not be shown at once ----
+
+    @property
+    def fd(self) -> int:
+        """Readable when :meth:`flush` is to be called."""
+        return self._output.fd
+
+    def flush(self) -> None:
+        """Shows what could not be shown so far."""
+        self._output.flush()
+
+    def close(self) -> None:
+        """Shows what is left, if it can be done soon."""
+        self._output.close()
+
+
+def say(text: str, level: Level = Level.NOTICE) -> None:
+    """Shows one line when there is no :class:`Log` yet, or none any more."""
+    with closing(StandardError()) as output:
+        output.show(level, printable(text))
+
+
+def printable(text: str) -> str:
+    """``text`` as one line that does nothing to a terminal, and is not too long."""
+    if len(text) > LONGEST_LINE:
+        text = text[: LONGEST_LINE - 1] + "…"
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else "?" for character in text)

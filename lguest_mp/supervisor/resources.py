@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lguest_mp.config import GuestConfig
     from lguest_mp.cpu.engine import EntryState
     from lguest_mp.jail import Confinement
+    from lguest_mp.supervisor.log import Log
     from lguest_mp.supervisor.parts import Kernel, Parts
     from lguest_mp.virtio.device import Device
 
@@ -40,6 +41,7 @@ class Resources:
     null: int
     confinement: Confinement
     kernel: Kernel | None
+    log: Log
 
     @property
     def reboots_in_place(self) -> bool:
@@ -79,7 +81,7 @@ class Resources:
         os.close(self.null)
 
 
-def open_all(config: GuestConfig, parts: Parts) -> Resources:
+def open_all(config: GuestConfig, parts: Parts, log: Log) -> Resources:
     """Opens what ``config`` asks for, or raises LguestError. The cheap checks come first."""
     confinement = jail.prepare(config.username, config.chroot)
     with ExitStack() as opened:
@@ -99,7 +101,7 @@ def open_all(config: GuestConfig, parts: Parts) -> Resources:
         for device in devices:
             device.connect()
         opened.pop_all()
-    return Resources(config, parts, memory, devices, null, confinement, kernel)
+    return Resources(config, parts, memory, devices, null, confinement, kernel, log)
 
 
 def _check_policies(config: GuestConfig, devices: list[Device]) -> None:

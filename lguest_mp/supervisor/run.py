@@ -9,9 +9,10 @@ from lguest_mp.supervisor import reboot
 from lguest_mp.supervisor.children import Naming
 from lguest_mp.supervisor.ending import Rebooting
 from lguest_mp.supervisor.guest import GRACE, Guest
-from lguest_mp.supervisor.log import say
+from lguest_mp.supervisor.log import Level, Log
 from lguest_mp.supervisor.resources import open_all
 from lguest_mp.supervisor.signals import Signals
+from lguest_mp.supervisor.stderr import StandardError
 from lguest_mp.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -25,10 +26,14 @@ def run(config: GuestConfig, parts: Parts, grace: float = GRACE) -> Ending:
     """Runs the guest to its end. Rebooting means: by exec, now that everything is closed and put back."""
     reboots, restarted = reboot.count(), reboot.restarts()
     naming = Naming(config.name)
-    with closing(open_all(config, parts)) as resources, Signals() as signals, Terminal() as screen:
+    with (
+        closing(Log(StandardError(), verbose=config.verbose)) as log,
+        closing(open_all(config, parts, log)) as resources,
+        Signals() as signals,
+        Terminal() as screen,
+    ):
         while True:
-            if config.verbose:
-                _describe(config, resources.devices, reboots)
+            _describe(config, resources.devices, reboots, log)
             ending = Guest(resources, naming, signals, screen, restarted, grace).run()
             if not isinstance(ending, Rebooting) or not resources.reboots_in_place:
                 reboot.keep(restarted)
@@ -37,11 +42,11 @@ def run(config: GuestConfig, parts: Parts, grace: float = GRACE) -> Ending:
             reboots += 1
 
 
-def _describe(config: GuestConfig, devices: list[Device], reboots: int) -> None:
-    say(f"guest {config.name}: {config.memory >> 20} MiB of memory, kernel {config.kernel}")
+def _describe(config: GuestConfig, devices: list[Device], reboots: int, log: Log) -> None:
+    log.say(f"guest {config.name}: {config.memory >> 20} MiB of memory, kernel {config.kernel}", Level.INFO)
     if reboots:
-        say(f"reboot {reboots}")
+        log.say(f"reboot {reboots}", Level.INFO)
     if config.initrd is not None:
-        say(f"initrd {config.initrd}")
+        log.say(f"initrd {config.initrd}", Level.INFO)
     for index, device in enumerate(devices):
-        say(f"device {index}: {device.description}")
+        log.say(f"device {index}: {device.description}", Level.INFO)

@@ -17,8 +17,8 @@ from lguest_mp import protocol, worker
 from lguest_mp.errors import LguestError
 from lguest_mp.protocol import ProtocolError
 from lguest_mp.supervisor import children
-from lguest_mp.supervisor.children import Child
-from lguest_mp.supervisor.log import say
+from lguest_mp.supervisor.children import Child, Ear
+from lguest_mp.supervisor.log import Level
 from lguest_mp.virtio import ledger
 from lguest_mp.virtio.ledger import Ledger
 
@@ -138,7 +138,8 @@ class Workers:
         with theirs:
             try:
                 with post.account.inherited():
-                    child = children.fork(name, partial(self._be_worker, post, assignment, theirs))
+                    body = partial(self._be_worker, post, assignment, theirs)
+                    child = children.fork(name, body, Ear(self._loop, self._resources.log))
             except BaseException:
                 ours.close()
                 raise
@@ -179,9 +180,11 @@ class Workers:
         if each.verdict is None:
             each.verdict = verdict
             each.child.signal(signal.SIGKILL)
-            each.deadline = self._loop.later(
-                self._grace, lambda: say(f"{each.child.name} does not even die; its queue waits for the host")
-            )
+            each.deadline = self._loop.later(self._grace, lambda: self._on_undead(each))
+
+    def _on_undead(self, each: Worker) -> None:
+        text = f"{each.child.name} does not even die; its queue waits for the host"
+        self._resources.log.tell(text, Level.WARNING, each.child.name)
 
     def end_all(self) -> None:
         """Ends every worker, waits for it, and hears what it still had to say."""
@@ -221,8 +224,7 @@ class Workers:
                 if each.life is WorkerLife.STARTING:
                     each.life = WorkerLife.SERVING
             case protocol.Log(text, verbose):
-                if not verbose or self._resources.config.verbose:
-                    say(text)
+                self._resources.log.say(text, Level.INFO if verbose else Level.NOTICE, each.child.name)
             case protocol.Interrupted():
                 self._listener.interrupted()
             case protocol.Reconfigured(offset, data):
@@ -233,5 +235,4 @@ class Workers:
                 raise ProtocolError(f"{type(message).__name__} comes from a worker")
 
     def _verbose(self, text: str) -> None:
-        if self._resources.config.verbose:
-            say(text)
+        self._resources.log.say(text, Level.INFO)

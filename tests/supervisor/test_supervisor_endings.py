@@ -26,7 +26,7 @@ def test_the_guest_powers_off(launch: Launch) -> None:
 def test_the_guest_dies(launch: Launch, scenario: str, line: str) -> None:
     launcher = launch(scenario)
     assert launcher.finish() == 3
-    assert launcher.lines == [line]
+    assert launcher.lines[-1:] == [line]
 
 
 def test_the_machine_process_is_killed(launch: Launch) -> None:
@@ -39,7 +39,8 @@ def test_the_machine_process_is_killed(launch: Launch) -> None:
 def test_a_bug_in_the_machine_shows_its_traceback(launch: Launch) -> None:
     launcher = launch("crash")
     launcher.finish()
-    assert "RuntimeError: a bug in the machine" in launcher.output
+    assert launcher.lines[0] == "cpu: Traceback (most recent call last):"
+    assert launcher.lines[-2] == "cpu: RuntimeError: a bug in the machine"
 
 
 @pytest.mark.parametrize("worker", ["console/receiveq", "console/transmitq", "block0/requestq"])
@@ -57,13 +58,21 @@ def test_a_worker_is_killed(launch: Launch, worker: str) -> None:
 def test_a_worker_ends_by_itself(launch: Launch, order: str, how: str) -> None:
     launcher = launch(f"worker_{order}", "--on-crash=stop")
     assert launcher.finish() == 4
-    assert launcher.lines == [f"the worker block0/requestq {how}; the guest is stopped"]
+    assert launcher.lines[-1:] == [f"the worker block0/requestq {how}; the guest is stopped"]
 
 
 def test_a_bug_in_a_worker_shows_its_traceback(launch: Launch) -> None:
     launcher = launch("worker_have_a_bug", "--on-crash=stop")
     launcher.finish()
-    assert "RuntimeError: a bug of ours" in launcher.output
+    assert launcher.lines[0] == "block0/requestq: Traceback (most recent call last):"
+    assert launcher.lines[-2] == "block0/requestq: RuntimeError: a bug of ours"
+
+
+def test_a_crash_leaves_the_stack_of_python(launch: Launch) -> None:
+    launcher = launch("worker_crash")
+    launcher.finish()
+    assert launcher.lines[0] == "block0/requestq: Fatal Python error: Segmentation fault"
+    assert any(" in _obey" in line for line in launcher.lines)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +107,7 @@ def test_a_machine_that_breaks_the_protocol_is_a_dead_guest(launch: Launch, scen
 def test_a_machine_that_cannot_start(launch: Launch, scenario: str, line: str) -> None:
     launcher = launch(scenario)
     assert launcher.finish() == 1
-    assert launcher.lines == [line]
+    assert launcher.lines[-1:] == [line]
 
 
 @pytest.mark.parametrize("scenario", ["ctrl_c", "worker_interrupt_guest"])
