@@ -7,7 +7,7 @@ device (``bus/lguest_page.py``), instructions that trap and have to be emulated 
 Two threads share this process. The *guest's*, the main one, is inside the host, or does what it came out for. The
 *events'* (``eventloop.py``) waits for what comes from outside: the workers' interrupts, the supervisor's news, and the
 terminal while no console driver reads it. Of that the guest gets nothing, since it has no other way to read; but three
-^C end it.
+^C end it. What those type who are attached to the console waits for the driver.
 
 The workers' `call` eventfds are never read. The loop watches them edge-triggered: every write is an edge, whatever the
 counter says, and there is nothing to drain when a device is reset.
@@ -38,6 +38,7 @@ from lguest_mp.cpu.lguest_host import (
     Pending,
 )
 from lguest_mp.errors import GuestError, LguestError
+from lguest_mp.line import Line
 from lguest_mp.machine.control import Control, News, Supervisor, SupervisorGone, bug, live
 from lguest_mp.machine.emulate import emulate
 from lguest_mp.machine.eventloop import EventLoop
@@ -45,6 +46,7 @@ from lguest_mp.machine.stdio import StandardInput, StandardOutput
 from lguest_mp.machine.wiring import DevicePort
 from lguest_mp.memory import PAGE_SIZE, GuestMemory
 from lguest_mp.protocol import Died, Failed, Message, PowerOff, Reboot
+from lguest_mp.screen import Track
 from lguest_mp.virtio.device import DeviceId
 
 #: How a host says that the guest switched itself off: what it says of every death that the guest asks for, and Linux's
@@ -59,8 +61,8 @@ MOST_WARNINGS = 20
 class LguestMachine:
     """The machine around one guest.
 
-    ``memory`` is the guest's RAM, of ``ram`` bytes, and the device pages behind it. ``verbose``: the supervisor is told
-    everything that happens.
+    ``memory`` is the guest's RAM, of ``ram`` bytes, and the device pages behind it. ``line``: over
+    which others see the console. ``verbose``: the supervisor is told everything that happens.
     """
 
     def __init__(  # noqa: PLR0917 -- what a machine is connected to
@@ -73,6 +75,7 @@ class LguestMachine:
         input_fd: int,
         output_fd: int,
         *,
+        line: Line | None = None,
         verbose: bool = False,
     ) -> None:
         self._memory = memory
@@ -83,7 +86,7 @@ class LguestMachine:
         self._host: LguestHost | None = None
         #: The events' thread; a host in software has it wait for its timer, too.
         self.loop = EventLoop()
-        self._output = StandardOutput(output_fd, self.loop)
+        self._output = StandardOutput(output_fd, self.loop, None if line is None else line.writer(Track.SERIAL))
         self._input = StandardInput(
             input_fd,
             self.loop,

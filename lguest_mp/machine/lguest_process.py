@@ -11,7 +11,7 @@ from lguest_mp.config import GuestConfig
 from lguest_mp.cpu.engine import EntryState
 from lguest_mp.cpu.lguest_host import LguestHost
 from lguest_mp.machine.lguest import LguestMachine
-from lguest_mp.machine.wiring import DevicePort
+from lguest_mp.machine.wiring import DevicePort, console_line
 from lguest_mp.memory import GuestMemory
 
 
@@ -34,7 +34,15 @@ def run_machine(  # noqa: PLR0917 -- what a machine consists of
 ) -> None:
     """Runs the guest from its first instruction to its end, and tells the supervisor how it ended. LguestError."""
     machine = LguestMachine(
-        memory, config.memory, devices, requests, events, input_fd=0, output_fd=1, verbose=config.verbose
+        memory,
+        config.memory,
+        devices,
+        requests,
+        events,
+        input_fd=0,
+        output_fd=1,
+        line=console_line(devices),
+        verbose=config.verbose,
     )
     with closing(make_host(memory, watches, machine)) as host:
         machine.run(host, entry)

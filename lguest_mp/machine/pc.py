@@ -25,6 +25,7 @@ from lguest_mp import protocol
 from lguest_mp.bus.pci import ALL_ONES, WINDOW_SHIFT, IntxLines, PciBus
 from lguest_mp.bus.virtio_pci import VirtioPciFunction
 from lguest_mp.cpu.engine import CpuidResult, Engine, EntryState, GuestFault, GuestHalted
+from lguest_mp.line import Line
 from lguest_mp.machine import clock, lapic, power
 from lguest_mp.machine.clock import GuestClock, HostClock, HostCounter
 from lguest_mp.machine.control import Control, News, Supervisor, SupervisorGone, bug, live
@@ -50,6 +51,7 @@ from lguest_mp.machine.timer import HostTimer
 from lguest_mp.machine.wiring import DevicePort
 from lguest_mp.memory import GuestMemory
 from lguest_mp.protocol import Died, Message, PowerOff
+from lguest_mp.screen import Track
 from lguest_mp.virtio.device import DeviceId
 
 _IO_APIC_PAGE = IO_APIC_BASE >> 12
@@ -85,7 +87,9 @@ class Pc:
         events: socket.socket,
         input_fd: int | None,
         output_fd: int,
+        line: Line | None = None,
     ) -> None:
+        """``input_fd`` and ``output_fd`` are the terminal; over the ``line`` others are attached to the console."""
         # First of all, because the frequency of the time stamp counter is the better known the longer ago this was.
         self._host_clock = HostClock(HostCounter())
         self._guest_clock = GuestClock(memory, self._host_clock)
@@ -98,19 +102,12 @@ class Pc:
         self._local_apic = LocalApic(lock, self._timer, self._host_clock)
         self._io_apic = IoApic(lock, self._local_apic)
         self._local_apic.connect(self._io_apic.end_of_interrupt)
-        self._output = StandardOutput(output_fd, self._loop)
+        self._output = StandardOutput(output_fd, self._loop, None if line is None else line.writer(Track.SERIAL))
         self._serial = SerialPort(lock, self._output, lambda line: self._io_apic.set_line(SERIAL_IRQ, line))
         self._output.on_idle = self._serial.idle
-        self._input: StandardInput | None = None
-        if input_fd is not None:
-            self._input = StandardInput(
-                input_fd,
-                self._loop,
-                receive=self._serial.receive,
-                wanted=lambda: self._serial.wants_input,
-                interrupt=self._interrupted,
-            )
-            self._serial.on_room = self._input.resume
+        inputs = [input_fd, None if line is None else line.keys]
+        self._inputs = [self._input(fd) for fd in inputs if fd is not None]
+        self._serial.on_room = self._resume_input
 
         lines = IntxLines(lambda line, asserted: self._io_apic.set_line(PCI_INTX_PIN + line, asserted))
         self._functions = [
@@ -285,13 +282,26 @@ class Pc:
         assert self._engine is not None
         self._engine.call(fail)
 
+    def _input(self, fd: int) -> StandardInput:
+        return StandardInput(
+            fd,
+            self._loop,
+            receive=self._serial.receive,
+            wanted=lambda: self._serial.wants_input,
+            interrupt=self._interrupted,
+        )
+
     def _take_input(self) -> None:
-        if self._input is not None:
-            self._input.take()
+        for each in self._inputs:
+            each.take()
 
     def _release_input(self) -> None:
-        if self._input is not None:
-            self._input.release()
+        for each in self._inputs:
+            each.release()
+
+    def _resume_input(self) -> None:
+        for each in self._inputs:
+            each.resume()
 
     # The life of the machine
 

@@ -12,6 +12,9 @@ therefore returns only when no read is under way or will come. A terminal is rea
 within a second have to be noticed also while the guest takes no input (``abort.py``); what the guest does not take
 yet is kept for it. Anything else is read no sooner than the guest wants it, so that a script on standard input
 reaches whichever console is used in the end.
+
+Whoever is attached to the console (``line.py``) sees the same output and has an input of their own, another
+:class:`StandardInput`, which is not a terminal.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from collections.abc import Callable
 
 from lguest_mp.abort import AbortKeys
 from lguest_mp.machine.eventloop import EventLoop
+from lguest_mp.screen import ScreenWriter
 
 #: What may wait for a stuck output; more is lost, as on a wire.
 _BACKLOG = 1 << 16
@@ -36,9 +40,10 @@ _CHUNK = 16
 
 
 class StandardOutput:
-    """Where the serial port's bytes go."""
+    """Where the serial port's bytes go: to the file ``fd``, when it takes them, and to the ``screen`` at once."""
 
-    def __init__(self, fd: int, loop: EventLoop) -> None:
+    def __init__(self, fd: int, loop: EventLoop, screen: ScreenWriter | None = None) -> None:
+        self._screen = screen
         # A number of its own, since the event loop may be waiting for input on the other one.
         self._fd = os.dup(fd)
         self._loop = loop
@@ -54,6 +59,8 @@ class StandardOutput:
 
     def put(self, byte: int) -> None:
         """Sends one byte, or keeps it until that is possible. Never waits."""
+        if self._screen is not None:
+            self._screen.append(self._bytes[byte])
         if not self.busy and self._writable.poll(0):
             self._write(byte)
             return

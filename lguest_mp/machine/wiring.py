@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lguest_mp.line import Line
+from lguest_mp.virtio.console import Console
 from lguest_mp.virtio.device import Device
 
 
@@ -17,3 +20,8 @@ class DevicePort:
     device: Device
     kicks: tuple[int, ...]
     calls: tuple[int, ...]
+
+
+def console_line(ports: Sequence[DevicePort]) -> Line | None:
+    """The line to the console among the devices, if there is one."""
+    return next((port.device.line for port in ports if isinstance(port.device, Console)), None)

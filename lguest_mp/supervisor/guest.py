@@ -33,10 +33,12 @@ from lguest_mp.supervisor.devices import Devices, Listener, Request
 from lguest_mp.supervisor.log import Level
 from lguest_mp.supervisor.loop import Loop
 from lguest_mp.supervisor.signals import STOPPING
+from lguest_mp.virtio.console import Console
 from lguest_mp.virtio.device import DeviceId
 
 if TYPE_CHECKING:
     from lguest_mp.cpu.engine import EntryState
+    from lguest_mp.line import Attachment
     from lguest_mp.supervisor.children import Child, Naming
     from lguest_mp.supervisor.ending import Ending
     from lguest_mp.supervisor.resources import Resources
@@ -183,7 +185,7 @@ class Guest:
         files = [0, 1, self._machine_requests.fileno(), self._machine_events.fileno()]
         files += self._resources.parts.machine_files
         for port in self._ports:
-            files += [*port.kicks, *port.calls]
+            files += [*port.kicks, *port.calls, *port.device.machine_files]
         if self._watches is not None:
             files += self._watches.files
         if self._resources.confinement.root is not None:
@@ -302,23 +304,13 @@ class Guest:
                 case signal.SIGUSR1:
                     self._show_table()
                 case signal.SIGWINCH:
-                    self._on_resize()
+                    self.resize_to_terminal()
                 case signal.SIGTSTP:
                     self._suspend()
                 case signal.SIGCONT:
                     self._resume()
                 case _ if signum in STOPPING:
                     self._end(ending.Signalled(signum))
-
-    def _on_resize(self) -> None:
-        """Tells the console's new size: le16 cols, le16 rows (virtio 1.2, 5.3.4)."""
-        size = terminal.size()
-        if size is None or self._life is not Life.RUNNING:
-            return
-        data = struct.pack("<HH", *(min(side, 0xFFFF) for side in size))
-        for served in self._devices.served:
-            if served.port.device.device_id is DeviceId.CONSOLE:
-                self._devices.reconfigure(served, 0, data)
 
     def _suspend(self) -> None:
         """Stops the whole guest, as the shell's job that it is, until somebody continues it."""
@@ -333,7 +325,31 @@ class Guest:
             self._screen.take()
         for child in self._children():
             child.signal(signal.SIGCONT)
-        self._on_resize()
+        self.resize_to_terminal()
+
+    # ---- The console ----
+
+    def attach(self) -> Attachment:
+        """What somebody needs who attaches to the console; the files stay this process's. LguestError: has none."""
+        for device in self._resources.devices:
+            if isinstance(device, Console) and device.line is not None:
+                return device.line.attach()
+        raise LguestError("this guest has no console that one can attach to")
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Gives the console a size, until somebody gives it another: le16 cols, le16 rows (virtio 1.2, 5.3.4)."""
+        if self._life is not Life.RUNNING:
+            return
+        data = struct.pack("<HH", *(min(max(side, 0), 0xFFFF) for side in (columns, rows)))
+        for served in self._devices.served:
+            if served.port.device.device_id is DeviceId.CONSOLE:
+                self._devices.reconfigure(served, 0, data)
+
+    def resize_to_terminal(self) -> None:
+        """Gives the console the size of the launcher's own terminal, if it has one, as when nobody is attached."""
+        size = terminal.size()
+        if size is not None:
+            self.resize(*size)
 
     # ---- What the user sees ----
 

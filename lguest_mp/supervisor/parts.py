@@ -189,12 +189,13 @@ def _open_virtio_devices(config: GuestConfig, user: User | None) -> list[Device]
     """The console, which every guest has, and then the command line's devices in its order."""
     from lguest_mp import terminal  # noqa: PLC0415
     from lguest_mp.config import BlockConfig, NetConfig, RngConfig  # noqa: PLC0415
+    from lguest_mp.line import Line  # noqa: PLC0415
     from lguest_mp.virtio.block import Block  # noqa: PLC0415
     from lguest_mp.virtio.console import Console  # noqa: PLC0415
     from lguest_mp.virtio.rng import Rng  # noqa: PLC0415
 
     columns, rows = terminal.size() or (80, 25)
-    devices: list[Device] = [Console(columns=columns, rows=rows)]
+    devices: list[Device] = [Console(columns=columns, rows=rows, line=Line())]
     counts = {BlockConfig: 0, RngConfig: 0, NetConfig: 0}
     try:
         for wanted in config.devices:

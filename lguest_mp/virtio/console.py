@@ -1,5 +1,7 @@
 """The console (virtio 1.2, 5.3): the terminal in which the launcher was started becomes the guest's.
 
+Others may be attached to it as well, over a line (``line.py``): they see what is printed, and type, too.
+
 One port, two queues, two workers. ``receiveq`` carries what is typed to the guest, and ``transmitq`` what the guest
 prints to the terminal. Neither knows of the other, so a terminal that is not read from (or stopped with ^S) holds up
 the guest's output only.
@@ -7,8 +9,8 @@ the guest's output only.
 The host's side of a console is less reliable than a disk's. Each of these is met in practice, and none is the end of
 the guest:
 
-- *End of input* (a closed terminal, ``< /dev/null``): the worker says so and sleeps for ever. It does not end, since a
-  worker that ends is a failure.
+- *End of input* (a closed terminal, ``< /dev/null``): the worker says so and waits for those who are attached to the
+  console only; if there is no way to attach it sleeps for ever. It does not end, since a worker that ends is a failure.
 - *A terminal that is not ours at the moment*: a launcher in the shell's background must not read from its terminal.
   The kernel would stop the whole process group with SIGTTIN, workers and guest, at the first key. The receiveq's
   worker ignores that signal, so that reading is an error (EIO) instead; then it waits until the launcher is in the
@@ -25,17 +27,18 @@ import os
 import select
 import signal
 import struct
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lguest_mp.abort import AbortKeys
 from lguest_mp.errors import DeviceProtocolError
+from lguest_mp.screen import Track
 from lguest_mp.virtio import serving, vectors
 from lguest_mp.virtio.device import Device, DeviceId
 from lguest_mp.virtio.serving import Losses
 
 if TYPE_CHECKING:
+    from lguest_mp.line import Line
     from lguest_mp.virtio.queue import Queue
     from lguest_mp.worker import WorkerContext
 
@@ -53,16 +56,24 @@ FOREGROUND_CHECK = 0.5
 class Console(Device):
     """A console of one port on two file descriptors; ``columns`` and ``rows`` are the terminal's size.
 
-    The files stay their owner's: ``close()`` leaves them open, and whoever wants a raw terminal makes it so.
+    The files stay their owner's: ``close()`` leaves them open, and whoever wants a raw terminal makes it so. The
+    ``line``, over which others are attached, is the console's own.
     """
 
     device_id = DeviceId.CONSOLE
     queue_names = ("receiveq", "transmitq")
 
-    def __init__(
-        self, name: str = "console", input_fd: int = 0, output_fd: int = 1, columns: int = 80, rows: int = 25
+    def __init__(  # noqa: PLR0917 -- what a terminal is
+        self,
+        name: str = "console",
+        input_fd: int = 0,
+        output_fd: int = 1,
+        columns: int = 80,
+        rows: int = 25,
+        line: Line | None = None,
     ) -> None:
         super().__init__(name, _size(columns, rows))
+        self.line = line
         self._input = input_fd
         self._output = output_fd
 
@@ -73,8 +84,18 @@ class Console(Device):
 
     @property
     def files(self) -> tuple[int, ...]:
-        """Input and output."""
-        return (self._input, self._output)
+        """Input and output, and those of the line."""
+        return (self._input, self._output, *self.machine_files)
+
+    @property
+    def machine_files(self) -> tuple[int, ...]:
+        """Those of the line: the serial port is the same terminal."""
+        return () if self.line is None else self.line.files
+
+    def close(self) -> None:
+        """Closes the line."""
+        if self.line is not None:
+            self.line.close()
 
     def resize(self, columns: int, rows: int) -> None:
         """The terminal has a new size; the configuration space (four bytes, 5.3.4) says so from now on."""
@@ -89,6 +110,11 @@ class Console(Device):
 
     def _receive(self, queue: Queue, context: WorkerContext) -> None:
         signal.signal(signal.SIGTTIN, signal.SIG_IGN)
+        keyboard = Keyboard(
+            self._input,
+            None if self.line is None else self.line.keys,
+            on_end=lambda: context.log(f"{self.name}: end of input"),
+        )
         keys = AbortKeys()
         length, _ = queue.taken
         while True:
@@ -99,38 +125,26 @@ class Console(Device):
             if views and not length:
                 # This may take hours.
                 queue.is_waiting(True)
-                length = queue.take(self._read, views)
+                length = queue.take(keyboard.read, views)
                 queue.is_waiting(False)
                 if not length:
-                    context.log(f"{self.name}: end of input")
                     serving.sleep_for_ever(queue)
-                if keys.typed(length, views[0][0]):
+                if keyboard.is_at_terminal and keys.typed(length, views[0][0]):
                     context.interrupt_guest()
             queue.push(chain, length)
             length = 0
             queue.flush()
 
-    def _read(self, views: Sequence[memoryview]) -> int:
-        """What is typed, as soon as something is: how many bytes were read into ``views``, 0 at the end of input."""
-        fd = self._input
-        while True:
-            try:
-                return os.readv(fd, views)
-            except BlockingIOError:
-                _wait(fd, select.POLLIN)
-            except OSError:
-                # EIO: no terminal any more, or not ours now. Whatever else it is, nothing will come from there.
-                if not _in_background(fd):
-                    return 0
-                time.sleep(FOREGROUND_CHECK)
-
     def _transmit(self, queue: Queue, context: WorkerContext) -> None:
         losses = Losses(self.name, context.log)
+        screen = None if self.line is None else self.line.writer(Track.CONSOLE)
         while True:
             chain = queue.wait()
             if chain.writable_ranges:
                 raise DeviceProtocolError("5.3.6.1", "a device-writable buffer in transmitq")
             views = chain.readable
+            if screen is not None:
+                screen.append(*views)
             queue.is_waiting(True)
             error = _write(self._output, views)
             queue.is_waiting(False)
@@ -160,6 +174,64 @@ def _beginning(views: Sequence[memoryview]) -> list[memoryview]:
     return beginning
 
 
+class Keyboard:
+    """What is typed: at our terminal, until its end (then ``on_end`` is called), and by who is attached (``keys``)."""
+
+    def __init__(self, terminal: int, keys: int | None, on_end: Callable[[], None]) -> None:
+        self._terminal = terminal
+        self._keys = keys
+        self._on_end = on_end
+        self._poll = select.poll()
+        self._poll.register(terminal, select.POLLIN)
+        if keys is not None:
+            self._poll.register(keys, select.POLLIN)
+        self._has_ended = False
+        #: Whether what was read last is from the terminal.
+        self.is_at_terminal = False
+
+    def read(self, views: Sequence[memoryview]) -> int:
+        """As soon as something is typed: how many bytes were read into ``views``, 0 when nobody will type any more."""
+        while self._keys is not None or not self._has_ended:
+            fd = self._next()
+            self.is_at_terminal = fd == self._terminal
+            try:
+                length = os.readv(fd, views)
+            except BlockingIOError:
+                continue  # somebody else was faster
+            except OSError:
+                # EIO: no terminal any more, or not ours now. Whatever else it is, nothing will come from there.
+                if _in_background(fd):
+                    self._wait_in_background()
+                    continue
+                length = 0
+            if length:
+                return length
+            self._end(fd)
+        return 0
+
+    def _next(self) -> int:
+        """Waits until there is something to read, and where; if in both, in turns."""
+        ready = [fd for fd, _ in self._poll.poll()]
+        if len(ready) > 1 and self._keys is not None:
+            return self._keys if self.is_at_terminal else self._terminal
+        return ready[0]
+
+    def _wait_in_background(self) -> None:
+        """For some time, or until somebody else types."""
+        poll = select.poll()
+        if self._keys is not None:
+            poll.register(self._keys, select.POLLIN)
+        poll.poll(FOREGROUND_CHECK * 1000)
+
+    def _end(self, fd: int) -> None:
+        self._poll.unregister(fd)
+        if fd == self._terminal:
+            self._has_ended = True
+            self._on_end()
+        else:
+            self._keys = None  # the supervisor has the other end, so it is gone, and we are about to be
+
+
 def _write(fd: int, views: Sequence[memoryview]) -> int:
     """Writes all of ``views``: 0, or the error number for which the rest of them was dropped."""
     rest = list(views)
@@ -167,15 +239,15 @@ def _write(fd: int, views: Sequence[memoryview]) -> int:
         try:
             rest = vectors.advance(rest, os.writev(fd, rest[: vectors.IOV_MAX]))
         except BlockingIOError:
-            _wait(fd, select.POLLOUT)
+            _wait(fd)
         except OSError as error:
             return error.errno or 0
     return 0
 
 
-def _wait(fd: int, events: int) -> None:
+def _wait(fd: int) -> None:
     poll = select.poll()
-    poll.register(fd, events)
+    poll.register(fd, select.POLLOUT)
     poll.poll()
 
 

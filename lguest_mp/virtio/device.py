@@ -121,6 +121,11 @@ class Device(ABC):
         return ()
 
     @property
+    def machine_files(self) -> tuple[int, ...]:
+        """The host's file descriptors that the machine process needs for it."""
+        return ()
+
+    @property
     def helper(self) -> Child | None:
         """A process besides the workers without which it cannot work; the supervisor watches it."""
         return None

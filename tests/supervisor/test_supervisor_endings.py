@@ -69,7 +69,7 @@ def test_a_bug_in_a_worker_shows_its_traceback(launch: Launch) -> None:
 
 
 def test_a_crash_leaves_the_stack_of_python(launch: Launch) -> None:
-    launcher = launch("worker_crash")
+    launcher = launch("worker_crash", "--on-crash=stop")
     launcher.finish()
     assert launcher.lines[0] == "block0/requestq: Fatal Python error: Segmentation fault"
     assert any(" in _obey" in line for line in launcher.lines)

@@ -6,17 +6,18 @@ import errno
 import fcntl
 import os
 import pty
-import select
 import signal
 import termios
 import tty
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import pytest
 from mockdriver import HANGS, Context, DriverFactory, Idle, MockDriver
 
 from lguest_mp.errors import DeviceProtocolError
+from lguest_mp.line import Line
+from lguest_mp.screen import ScreenReader
 from lguest_mp.virtio import console, serving
 from lguest_mp.virtio.console import RECEIVEQ, TRANSMITQ, Console
 from lguest_mp.virtio.device import DeviceId
@@ -145,22 +146,27 @@ class TestReceiving:
 
         monkeypatch.setattr("os.readv", fail)
         driver.add([], [4])
+        os.write(pipe[1], b"x")
         assert typed(driver, pipe[0]).lines == ["console: end of input"]
 
-    def test_a_file_that_does_not_block_is_waited_for(
+    def test_where_somebody_else_was_faster_it_waits_again(
         self, driver: MockDriver, pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        os.set_blocking(pipe[0], False)
-        waits = []
+        """A file that does not block, as others may have made it."""
+        real = os.readv
+        reads = []
 
-        def wait(fd: int, events: int) -> None:
-            waits.append(fd)
-            os.write(pipe[1], b"now")
+        def too_late_at_first(fd: int, views: list[memoryview]) -> int:
+            reads.append(fd)
+            if len(reads) == 1:
+                raise BlockingIOError
+            return real(fd, views)
 
-        monkeypatch.setattr(console, "_wait", wait)
+        monkeypatch.setattr("os.readv", too_late_at_first)
+        os.write(pipe[1], b"now")
         buffer = driver.add([], [4])
         typed(driver, pipe[0])
-        assert waits == [pipe[0]]
+        assert reads == [pipe[0]] * 2
         assert driver.used() == [(buffer.head, 3)]
 
     def test_readable_buffers_are_against_the_rules(self, driver: MockDriver, pipe: tuple[int, int]) -> None:
@@ -182,6 +188,57 @@ class TestReceiving:
         driver.add([], [4])
         os.write(pipe[1], b"\3\3\3")
         assert typed(driver, pipe[0]).interrupts == 0
+
+
+class TestLine:
+    """Who is attached sees what is shown, and types."""
+
+    @pytest.fixture
+    def line(self) -> Iterator[Line]:
+        with closing(Line()) as line:
+            yield line
+
+    def test_output_is_on_the_screen_too_whatever_becomes_of_the_terminal(
+        self, driver: MockDriver, line: Line, pipe: tuple[int, int]
+    ) -> None:
+        os.close(pipe[0])
+        driver.add([b"to be ", b"seen"])
+        driver.serve(Console(output_fd=pipe[1], line=line), TRANSMITQ)
+        assert ScreenReader(line.attach().screen).read_new() == b"to be seen"
+
+    def test_both_keyboards_are_read(self, driver: MockDriver, line: Line, pipe: tuple[int, int]) -> None:
+        buffers = [driver.add([], [8]) for _ in range(2)]
+        os.write(pipe[1], b"here")
+        os.write(line.attach().keys, b"there")
+        driver.serve(Console(input_fd=pipe[0], line=line), RECEIVEQ)
+        typed = {
+            driver.memory.read(buffer.writable[0][0], written)
+            for buffer, (_, written) in zip(buffers, driver.used(), strict=True)
+        }
+        assert typed == {b"here", b"there"}
+
+    def test_the_terminals_end_is_not_that_of_the_keys(
+        self, driver: MockDriver, line: Line, pipe: tuple[int, int]
+    ) -> None:
+        os.close(pipe[1])
+        buffer = driver.add([], [8])
+        os.write(line.attach().keys, b"on")
+        context = driver.serve(Console(input_fd=pipe[0], line=line), RECEIVEQ)
+        assert driver.memory.read(buffer.writable[0][0], 2) == b"on"
+        assert context.lines in ([], ["console: end of input"])  # the keys may have been read first
+
+    def test_three_control_c_of_somebody_who_is_attached_reach_the_guest_only(
+        self, driver: MockDriver, line: Line, pipe: tuple[int, int]
+    ) -> None:
+        context = Context()
+        for _ in range(3):
+            driver.add([], [1])
+            os.write(line.attach().keys, b"\3")
+            try:
+                Console(input_fd=pipe[0], line=line).serve(RECEIVEQ, driver.queue(), context)
+            except Idle:
+                continue
+        assert context.interrupts == 0
 
 
 class TestTransmitting:
@@ -235,18 +292,18 @@ class TestTransmitting:
         fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, 4096)
         received = bytearray()
 
-        def drain(fd: int, events: int) -> None:
+        def drain(_fd: int) -> None:
             received.extend(os.read(pipe[0], 4096))
 
         monkeypatch.setattr(console, "_wait", drain)
         text = os.urandom(50_000)
         driver.add([text])
         driver.serve(Console(output_fd=pipe[1]), TRANSMITQ)
-        drain(0, 0)
+        drain(0)
         assert received == text
 
     def test_waiting_ends_when_there_is_room(self, pipe: tuple[int, int]) -> None:
-        console._wait(pipe[1], select.POLLOUT)
+        console._wait(pipe[1])
 
     def test_output_that_goes_nowhere_is_dropped_and_said_once(self, driver: MockDriver, pipe: tuple[int, int]) -> None:
         os.close(pipe[0])

@@ -351,7 +351,7 @@ class TestKilledAtAnyInstruction:
                 driver.memory.read(buffer.writable[0][0], written)
                 for buffer, (_, written) in zip(buffers, driver.used(), strict=True)
             )
-            if place not in {"take", "_read"}:
+            if place not in {"take", "read"}:
                 assert got == typed[:12]
             else:
                 assert got in {typed[:12], typed[4:16], typed[:4] + typed[8:16], typed[:8] + typed[12:16]}

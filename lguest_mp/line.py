@@ -1,0 +1,77 @@
+"""A line to a guest's console: how people attach to it, besides the terminal in which the launcher was started.
+
+It consists of a *screen* (``screen.py``), which the machine and the console's transmitq worker write to and everybody
+may read; of its *news*; and of the *keys*, a pipe from those who are attached to whoever reads what is typed: the
+machine for its serial port, then the worker of the console's receiveq. The supervisor makes it before anything is
+forked, and gives ends of it away. It carries nothing itself.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from lguest_mp import screen
+from lguest_mp.errors import LguestError
+from lguest_mp.screen import ScreenWriter, Track
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What somebody needs who is attached: file descriptors of the supervisor's, to be sent or duplicated.
+
+    ``screen`` is for :class:`lguest_mp.screen.ScreenReader`, ``news`` to be watched edge-triggered, and ``keys`` the
+    writing end of a pipe. That does not block, and is to be left so, since all who are attached share it: what the
+    guest does not take yet is for each of them to keep.
+    """
+
+    screen: int
+    news: int
+    keys: int
+
+
+class Line:
+    """One line. LguestError: the host has no files or memory left."""
+
+    def __init__(self) -> None:
+        with ExitStack() as opened:
+            try:
+                self._screen = _owned(opened, screen.create())
+                self._news = _owned(opened, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+                #: What is typed, for whoever reads that now; does not block.
+                self.keys, typed = (_owned(opened, end) for end in os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
+                self._attachment = Attachment(_owned(opened, _for_reading(self._screen)), self._news, typed)
+            except OSError as error:
+                raise LguestError(f"cannot make the console's line: {error.strerror}") from error
+            self._opened = opened.pop_all()
+
+    @property
+    def files(self) -> tuple[int, ...]:
+        """What the machine and the console's workers need."""
+        return (self._screen, self._news, self.keys)
+
+    def writer(self, track: Track) -> ScreenWriter:
+        """For the process whose track it is. OSError."""
+        return ScreenWriter(self._screen, self._news, track)
+
+    def attach(self) -> Attachment:
+        """For one more person."""
+        return self._attachment
+
+    def close(self) -> None:
+        """Closes the supervisor's ends. May be called again."""
+        self._opened.close()
+
+
+def _owned(opened: ExitStack, fd: int) -> int:
+    opened.callback(os.close, fd)
+    return fd
+
+
+def _for_reading(fd: int) -> int:
+    """The same file, opened for reading only, where there is a /proc to do that by."""
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return os.dup(fd)
