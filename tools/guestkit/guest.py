@@ -40,13 +40,22 @@ class Agent:
         self._session.type(f"run {number} {command}\n")
         return number
 
+    def has_finished(self, number: int) -> bool:
+        """Whether a command that was begun has ended, as far as the terminal was read."""
+        return self._session.shows(_end_of(number))
+
     def finish(self, number: int, command: str = "", seconds: float = PATIENCE) -> str:
         """Waits for the end of a command that was begun; its output."""
-        found = self._session.wait_for(rf"^@{number} (\d+)\r*\n", seconds)
+        found = self._session.wait_for(_end_of(number), seconds)
         output = found.before.removesuffix("\n")
         if found.groups != ("0",):
             raise CommandFailed(f"{command!r} ended with {found.groups[0]}: {output}")
         return output
+
+
+def _end_of(number: int) -> str:
+    """What the agent shows at the end of a command."""
+    return rf"^@{number} (\d+)\r*\n"
 
 
 class Guest(Session):

@@ -19,12 +19,15 @@ from itertools import pairwise
 from pathlib import Path
 
 from guestkit import traffic
+from guestkit.deaths import Death, Killer
 from guestkit.disk import MIB
+from guestkit.growth import unique_size
 from guestkit.guest import Guest
 from guestkit.kit import GuestKit
 from guestkit.namespaces import Namespace, obstacle
 from guestkit.progress import step
 from guestkit.qemu import QemuGuest
+from guestkit.scripts import command, script_archive
 
 MEMORY = 256
 DISK_SIZE = 256 * MIB
@@ -33,6 +36,10 @@ _STREAM_SIZE = 256
 _PINGS = 2000
 _IDLE_SECONDS = 10.0
 _SETTLE_SECONDS = 3.0
+#: How long the guest reads around each death of its disk's worker, in seconds, and how often it dies.
+_READING = 0.6
+_KILLS_PER_ROUND = 4
+_ALWAYS_RESTART = "--on-crash=restart,intensity=1000,period=1"
 #: The agent listens on the serial port, so that both guests speak over the same kind of device.
 _ARGUMENTS = ("quiet", "agent=ttyS0", "load=virtio_pci,virtio_blk")
 
@@ -172,7 +179,7 @@ def memory(bench: Bench) -> Iterator[Row]:
         guest.boot()
         guest.run("modprobe -q virtio_net; ip link set eth0 up")
         time.sleep(_SETTLE_SECONDS)
-        sizes = {name: _unique_size(pid) / MIB for name, pid in guest.members().items()}
+        sizes = {name: unique_size(pid) / MIB for name, pid in guest.members().items()}
     yield Row("USS of the supervisor", "MiB", (sizes.pop(""),), goal=16, absolute=True)
     yield Row("USS of the machine", "MiB", (sizes.pop("cpu"),))
     for name, size in sorted(sizes.items()):
@@ -288,6 +295,30 @@ def hypercalls(bench: Bench) -> Iterator[Row]:
         yield Row("- per second", "", tuple(1e6 / cost for cost in costs), more_is_better=True)
 
 
+def crash(bench: Bench) -> Iterator[Row]:
+    """How long the guest waits for the disk when its worker is killed amid direct reads, by the guest's clock.
+
+    It is the longest time between the ends of two reads, one after the other, so it begins a little before the kill.
+    For comparison, the longest one while nobody is killed.
+    """
+    initrd = bench.initrd.with_name("crash.img")
+    initrd.write_bytes(bench.initrd.read_bytes() + bench.kit.sysroot.archive() + script_archive())
+    gaps: dict[bool, list[float]] = {True: [], False: []}
+    with replace(bench, initrd=initrd).ours(_ALWAYS_RESTART) as guest:
+        guest.agent.wait_until_ready("ttyS0")
+        killing = Killer(guest, ["block0/requestq"], [Death.SIGKILL], random.Random(0), pause=_READING / 3)
+        for _ in range(_KILLS_PER_ROUND * bench.rounds):
+            for killed in (True, False):
+                number = guest.agent.start(command("gap", "/dev/vda", _READING))
+                guest.wait_for("^reading")
+                if killed:
+                    guest.read_for(_READING / 3)
+                    killing.kill()
+                gaps[killed].append(float(guest.agent.finish(number).split()[-2]))
+    yield Row("read when a worker dies", "ms", tuple(gaps[True]), goal=50, absolute=True)
+    yield Row("- when nobody dies", "ms", tuple(gaps[False]))
+
+
 MEASURES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "boot": boot,
     "reads": reads,
@@ -295,6 +326,7 @@ MEASURES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "idle": idle,
     "memory": memory,
     "hypercalls": hypercalls,
+    "crash": crash,
 }
 
 
@@ -316,9 +348,3 @@ def _cpu_seconds(guest: AnyGuest) -> float:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         ticks += sum(map(int, fields[11:15]))
     return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _unique_size(pid: int) -> int:
-    """What would be free if the process ended, in bytes."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))

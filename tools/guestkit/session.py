@@ -99,6 +99,10 @@ class Session:
             except BlockingIOError:
                 self._read(time.monotonic() + 0.1)
 
+    def shows(self, pattern: str) -> bool:
+        """Whether ``pattern`` appears after the last one found, in what was read so far."""
+        return re.compile(pattern.encode(), re.MULTILINE).search(self._output, self._seen) is not None
+
     def wait_for(self, pattern: str, seconds: float = PATIENCE) -> Found:
         """Waits until ``pattern`` appears after the last one found: a regular expression for at most a few lines.
 
@@ -116,6 +120,12 @@ class Session:
             if not self._read(deadline):
                 why = "it ended" if self.exit_status() is not None else f"{seconds:g} s passed"
                 raise SessionError(f"{why} before {pattern!r} appeared; it showed:\n{self.output[-4000:]}")
+
+    def read_for(self, seconds: float) -> None:
+        """Reads what it shows for so long; a program whose terminal nobody reads stops at some point."""
+        deadline = time.monotonic() + seconds
+        while self._read(deadline) or (time.monotonic() < deadline and self.exit_status() is None):
+            pass
 
     def exit_status(self) -> int | None:
         """How it ended (negative: by that signal), or None when it still runs."""

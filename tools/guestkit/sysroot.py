@@ -19,6 +19,8 @@ _PROGRAMS = ("mke2fs", "perl")
 _LIBRARIES = ("libc.", "libm.", "libcrypt.", "libext2fs.", "libcom_err.", "libblkid.", "libuuid.", "libe2p.")
 _TRIPLET = "x86_64-linux-gnu"
 _LOADER = "ld-linux-x86-64.so.2"
+_PERL_FOLDER = f"usr/lib/{_TRIPLET}/perl-base"
+_PERL_MODULES = ("strict.pm", "warnings.pm", "constant.pm", "warnings/register.pm")
 _SONAME = re.compile(r"lib\w+\.so\.\d+")
 
 
@@ -41,13 +43,18 @@ class Sysroot:
         )
 
     def archive(self) -> bytes:
-        """An archive with mke2fs and perl (no modules) for a guest, to be appended to an initramfs."""
+        """An archive with mke2fs and perl for a guest, to be appended to an initramfs.
+
+        Of Perl's modules it has strict, warnings and constant.
+        """
         archive = CpioArchive()
         for program in _PROGRAMS:
             archive.file(f"sysroot/bin/{program}", self._find(f"*bin/{program}").read_bytes(), 0o755)
         for name, path in self._libraries.items():
             if name.startswith(_LIBRARIES):
                 archive.file(f"lib/{name}", path.read_bytes(), 0o755)
+        for module in _PERL_MODULES:
+            archive.file(f"{_PERL_FOLDER}/{module}", self._find(f"{_PERL_FOLDER}/{module}").read_bytes())
         archive.file(f"lib64/{_LOADER}", self._loader.read_bytes(), 0o755)
         return archive.finish()
 
