@@ -42,6 +42,10 @@ class Sysroot:
             command, check=False, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
 
+    def run_perl(self, script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Runs a Perl program on the host, with its own modules."""
+        return self.run("perl", "-I", self._find(f"{_PERL_FOLDER}/strict.pm").parent, script, *arguments)
+
     def archive(self) -> bytes:
         """An archive with mke2fs and perl for a guest, to be appended to an initramfs.
 

@@ -33,7 +33,9 @@ def reboots_in_place(room: Room, plan: Plan) -> Report:
 
 def _reboot(room: Room, plan: Plan, *options: str) -> Report:
     disk = make_sparse(room.directory / "disk.img", MIB)
-    with room.guest(plan, *options, f"--block={disk}", "--rng", "--net=link:soak") as guest:
+    variables = {"XDG_RUNTIME_DIR": str(room.directory)}
+    options = (*options, f"--block={disk}", "--rng", "--net=link:soak")
+    with room.guest(plan, *options, variables=variables) as guest:
         held = []
         guest.boot()
         for _ in plan.rounds():
@@ -51,7 +53,8 @@ def resets(room: Room, plan: Plan) -> Report:
     disk = room.directory / "disk.img"
     disk.write_bytes(random.Random(plan.seed).randbytes(MIB))
     options = (f"--block={disk}", "--net=link:soak", "--rng")
-    with room.guest(plan, *options, arguments=("quiet", "agent=ttyS0")) as guest:
+    variables = {"XDG_RUNTIME_DIR": str(room.directory)}
+    with room.guest(plan, *options, arguments=("quiet", "agent=ttyS0"), variables=variables) as guest:
         guest.boot("ttyS0")
         guest.run("modprobe virtio_net")
         turns = itertools.cycle(_turns(guest))

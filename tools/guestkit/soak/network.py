@@ -121,7 +121,7 @@ def _with_host(guest: Guest, plan: Plan, size: int, route: _Route) -> Report:
 
 def _to_guest(guest: Guest, size: int, route: _Route, rounds: _Rounds) -> None:
     with traffic.listener(route.here) as listening, ThreadPoolExecutor(1) as pool:
-        sent = pool.submit(_send, listening, size)
+        sent = pool.submit(send_stream, listening, size)
         number = guest.agent.start(
             command("stream", "connect", route.host, traffic.port_of(listening), "receive", size)
         )
@@ -132,7 +132,7 @@ def _to_guest(guest: Guest, size: int, route: _Route, rounds: _Rounds) -> None:
 
 def _from_guest(guest: Guest, size: int, route: _Route, rounds: _Rounds) -> None:
     with traffic.listener(route.here) as listening, ThreadPoolExecutor(1) as pool:
-        came = pool.submit(_receive, listening, size)
+        came = pool.submit(receive_stream, listening, size)
         number = guest.agent.start(command("stream", "connect", route.host, traffic.port_of(listening), "send", size))
         rounds.until(came.done)
         guest.agent.finish(number, seconds=_TRANSFERRING)
@@ -149,27 +149,27 @@ def _between(sender: Guest, receiver: Guest, address: str, size: int, rounds: _R
     receiver.agent.finish(receiving, seconds=_TRANSFERRING)
 
 
-def _chunks(base: bytes, size: int) -> Iterator[bytes]:
+def chunks(base: bytes, size: int) -> Iterator[bytes]:
     """The stream of so many MiB that begins with ``base`` (perl/stream.pl)."""
     pattern = int.from_bytes(base, "big")
     for number in range(size * MIB // _CHUNK):
         yield (pattern ^ int.from_bytes(number.to_bytes(4, "big") * (_CHUNK // 4), "big")).to_bytes(_CHUNK, "big")
 
 
-def _send(listening: socket.socket, size: int) -> None:
+def send_stream(listening: socket.socket, size: int) -> None:
     """Sends a stream to who connects, and waits until all of it is read."""
     with traffic.accepted(listening) as connection:
-        for chunk in _chunks(os.urandom(_CHUNK), size):
+        for chunk in chunks(os.urandom(_CHUNK), size):
             connection.sendall(chunk)
         connection.shutdown(socket.SHUT_WR)
         connection.recv(1)
 
 
-def _receive(listening: socket.socket, size: int) -> None:
+def receive_stream(listening: socket.socket, size: int) -> None:
     """Receives a stream from who connects, and compares every byte."""
     with traffic.accepted(listening) as connection, connection.makefile("rb") as stream:
         base = stream.read(_CHUNK)
-        for number, chunk in enumerate(_chunks(base, size)):
+        for number, chunk in enumerate(chunks(base, size)):
             came = base if number == 0 else stream.read(_CHUNK)
             assert came == chunk, f"the 64 KiB number {number} from the guest are wrong ({len(came)} bytes)"
         assert not stream.read(1), "more came from the guest than was sent"
