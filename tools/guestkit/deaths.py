@@ -97,7 +97,7 @@ class Killer:
         pidfd = os.pidfd_open(pid)
         try:
             if self._guest.members().get(worker) != pid:
-                raise SessionError(f"{worker} ended without our doing:\n{self._guest.output[-4000:]}")
+                raise SessionError(f"{worker} ended without our doing:\n{self._guest.ending()}")
             signal.pidfd_send_signal(pidfd, death.signal)
         finally:
             os.close(pidfd)
@@ -112,6 +112,6 @@ class Killer:
         deadline = time.monotonic() + PATIENCE
         while (pid := self._guest.members().get(worker, dead)) in (dead, None):
             if time.monotonic() > deadline or self._guest.exit_status() is not None:
-                raise SessionError(f"{worker} has no successor; the guest showed:\n{self._guest.output[-4000:]}")
+                raise SessionError(f"{worker} has no successor; the guest showed:\n{self._guest.ending()}")
             self._guest.read_for(_LOOK)
         return pid

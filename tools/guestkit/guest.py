@@ -74,11 +74,12 @@ class Guest(Session):
         variables: Mapping[str, str] | None = None,
         columns: int = 100,
         rows: int = 30,
+        errors: Path | None = None,
     ) -> None:
         """Starts the launcher; ``memory`` in MiB, ``arguments`` are the kernel's."""
         self.name = name
         command = [*launcher, f"--name={self.name}", *options, f"--initrd={initrd}", str(memory), str(kernel)]
-        super().__init__([*command, *arguments], variables=variables, columns=columns, rows=rows)
+        super().__init__([*command, *arguments], variables=variables, columns=columns, rows=rows, errors=errors)
         self.agent = Agent(self)
 
     def boot(self, tty: str = "hvc0") -> Agent:
@@ -94,7 +95,7 @@ class Guest(Session):
         """Has the guest switch itself off, and checks that the launcher ends well with nothing left of it."""
         self.agent.start("poweroff -f")
         if (status := self.wait()) != 0:
-            raise SessionError(f"exit status {status} after power-off:\n{self.output[-4000:]}")
+            raise SessionError(f"exit status {status} after power-off:\n{self.ending()}")
         self.wait_until_gone(1.0)
 
     def members(self) -> dict[str, int]:

@@ -330,6 +330,10 @@ MEASURES: dict[str, Callable[[Bench], Iterator[Row]]] = {
 }
 
 
+#: Those of ours alone, for which there need be no QEMU.
+ALONE = frozenset({"memory", "hypercalls", "crash"})
+
+
 def make_disks(directory: Path) -> tuple[Path, Path]:
     """Two disks with the same content (each launcher locks its own)."""
     content = random.Random(0).randbytes(MIB)

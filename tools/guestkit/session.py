@@ -51,8 +51,11 @@ class Session:
         variables: Mapping[str, str] | None = None,
         columns: int = 100,
         rows: int = 30,
+        errors: Path | None = None,
     ) -> None:
+        """Starts it; standard error is the terminal, too, unless there is a file for ``errors``."""
         self.started = time.monotonic()
+        self._errors = errors
         self._terminal, slave = os.openpty()
         self.resize(columns, rows)
         #: The terminal's settings before the program began.
@@ -66,7 +69,9 @@ class Session:
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, name, os.O_RDWR, 0),
                 (os.POSIX_SPAWN_DUP2, 0, 1),
-                (os.POSIX_SPAWN_DUP2, 0, 2),
+                (os.POSIX_SPAWN_DUP2, 0, 2)
+                if errors is None
+                else (os.POSIX_SPAWN_OPEN, 2, errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
             ],
             setsid=True,
         )
@@ -89,6 +94,16 @@ class Session:
     def output(self) -> str:
         """All that it has shown so far, line ends as in Python."""
         return as_text(self._output)
+
+    @property
+    def errors(self) -> str:
+        """All that it has said on standard error so far, if that is a file of its own."""
+        return "" if self._errors is None else self._errors.read_text(errors="replace")
+
+    def ending(self) -> str:
+        """The end of what it has shown and said, for a person who wonders why."""
+        said = f"\nIt said:\n{self.errors[-4000:]}" if self._errors is not None else ""
+        return self.output[-4000:] + said
 
     def type(self, text: str) -> None:
         """Types ``text``; a terminal takes about 4000 bytes that nobody reads."""
@@ -119,7 +134,7 @@ class Session:
             looked = max(looked, len(self._output) - _LONGEST_MATCH)
             if not self._read(deadline):
                 why = "it ended" if self.exit_status() is not None else f"{seconds:g} s passed"
-                raise SessionError(f"{why} before {pattern!r} appeared; it showed:\n{self.output[-4000:]}")
+                raise SessionError(f"{why} before {pattern!r} appeared; it showed:\n{self.ending()}")
 
     def read_for(self, seconds: float) -> None:
         """Reads what it shows for so long; a program whose terminal nobody reads stops at some point."""
@@ -140,7 +155,7 @@ class Session:
         deadline = time.monotonic() + seconds
         while self.exit_status() is None:
             if time.monotonic() > deadline:
-                raise SessionError(f"it did not end within {seconds:g} s; it showed:\n{self.output[-4000:]}")
+                raise SessionError(f"it did not end within {seconds:g} s; it showed:\n{self.ending()}")
             self._read(time.monotonic() + 0.05)
         while self._read(time.monotonic()):
             pass

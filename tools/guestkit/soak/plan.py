@@ -94,6 +94,8 @@ class Room:
         others.setdefault("kernel", self.kit.kernel.image)
         others.setdefault("initrd", self.initrd)
         others.setdefault("launcher", launcher)
+        # What the launcher says of deaths is not to stand in the midst of what the guest shows.
+        others.setdefault("errors", self.directory / f"errors-of-{others.get('name', 'guest')}")
         return Guest(options=[*policy, *options], **others)
 
 
