@@ -34,11 +34,11 @@ class Death(Enum):
     @property
     def signal(self) -> signal.Signals:
         """The signal that does it."""
-        return signal.SIGUSR1 if self is Death.EXCEPTION else signal.Signals[self.value]
+        return signal.SIGUSR2 if self is Death.EXCEPTION else signal.Signals[self.value]
 
 
 def fragile_launcher(python: str | Path) -> list[str]:
-    """The command that runs ``lguest`` with workers in which SIGUSR1 raises an exception."""
+    """The command that runs ``lguest`` with workers in which SIGUSR2 raises an exception."""
     return [str(python), str(Path(__file__).with_name("fragile.py"))]
 
 
@@ -69,12 +69,12 @@ class Toll:
 class Killer:
     """Kills some of a guest's workers, one at a time, and reads the guest's terminal meanwhile.
 
-    The next one is killed up to ``pause`` seconds after the last one's successor has got its title: while that prepares
-    itself, while it works off what was left, or while it serves.
+    The next one is killed up to ``pause`` seconds after the last one's successor has got its title, half of them in the
+    first tenth: while that prepares itself, while it works off what was left, or while it serves.
     """
 
     def __init__(
-        self, guest: Guest, workers: Sequence[str], deaths: Sequence[Death], choose: random.Random, pause: float = 0.05
+        self, guest: Guest, workers: Sequence[str], deaths: Sequence[Death], choose: random.Random, pause: float = 0.1
     ) -> None:
         self._guest = guest
         self._workers = tuple(workers)
@@ -88,7 +88,7 @@ class Killer:
 
         Only waits if there are no deaths to choose from, to see what is there without them.
         """
-        self._guest.read_for(self._choose.uniform(0, self._pause))
+        self._guest.read_for(self._choose.uniform(0, self._choose.choice((self._pause / 10, self._pause))))
         if not self._deaths:
             return
         worker, death = self._choose.choice(self._workers), self._choose.choice(self._deaths)

@@ -1,4 +1,4 @@
-"""``lguest`` with workers that a signal breaks: SIGUSR1 raises an exception wherever their Python code is.
+"""``lguest`` with workers that a signal breaks: SIGUSR2 raises an exception wherever their Python code is.
 
 That is what a bug of ours, or a library's, would do: it strikes between any two bytecodes, and nothing is prepared for
 it. A program of its own, run as ``python fragile.py OPTIONS...``, since the launcher itself has no such thing.
@@ -27,7 +27,8 @@ def main() -> int:
     run = worker.run
 
     def fragile_run(*arguments: object, **others: object) -> int:
-        signal.signal(signal.SIGUSR1, _break)
+        signal.signal(signal.SIGUSR2, _break)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
         return run(*arguments, **others)  # type: ignore[arg-type]
 
     worker.run = fragile_run

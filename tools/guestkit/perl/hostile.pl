@@ -254,7 +254,9 @@ sub submit {
     poke_ram(available($queue), pack("vv", chance(0.9) ? 0 : number(16), $index[$queue]));
     notify_queue($queue);
     select(undef, undef, undef, 0.001) if chance(0.3);
-    $count{used} += (unpack("v", peek_ram(used($queue) + 2, 2)) - $before) & 0xffff;
+    # A storm may have left another index there.
+    my $done = (unpack("v", peek_ram(used($queue) + 2, 2)) - $before) & 0xffff;
+    $count{used} += $done if $done <= @heads;
 }
 
 # Changes the rings while the device looks at them.

@@ -121,4 +121,4 @@ def _let_loose(guest: Guest, prey: _Prey, others: list[_Prey], seed: int, second
 def _outside(guest: Guest, prey: _Prey) -> dict[str, int]:
     """The guest's processes except those that serve the queues of ``prey``."""
     members = guest.members()
-    return {name: pid for name, pid in members.items() if not name.startswith(f"{prey.name}/") or "q" not in name[-1]}
+    return {name: pid for name, pid in members.items() if not (name.startswith(f"{prey.name}/") and name.endswith("q"))}
