@@ -85,10 +85,13 @@ def console(room: Room, plan: Plan) -> Report:
         text, heard = _take_apart(shown)
         repeats = text.repeats()
         assert len(repeats) <= killing.toll.total, f"{len(repeats)} repeats: {repeats}"
-        assert heard == [*typed, "end"], f"typed {typed}, heard {heard}"
+        # What is read from the terminal in the very moment of a death is lost (docs/crashes.md).
+        lost = [line for line in typed if line not in heard]
+        assert len(lost) <= 1, f"typed and not heard: {lost}"
+        assert heard == [line for line in [*typed, "end"] if line not in lost], f"typed {typed}, heard {heard}"
         report["killed"] = killing.toll
         report["shown"] = f"{len(shown)} characters, {len(repeats)} pieces of them twice ({sum(repeats)} characters)"
-        report["typed"] = f"{len(typed)} lines"
+        report["typed"] = f"{len(typed)} lines, {len(lost)} of them not heard"
         _settle(guest)
         guest.power_off()
     return report
