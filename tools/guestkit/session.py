@@ -139,7 +139,7 @@ class Session:
     def read_for(self, seconds: float) -> None:
         """Reads what it shows for so long; a program whose terminal nobody reads stops at some point."""
         deadline = time.monotonic() + seconds
-        while self._read(deadline) or (time.monotonic() < deadline and self.exit_status() is None):
+        while time.monotonic() < deadline and (self._read(deadline) or self.exit_status() is None):
             pass
 
     def exit_status(self) -> int | None:
