@@ -7,7 +7,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from guestkit import traffic
 from guestkit.deaths import Killer
@@ -60,9 +60,9 @@ def link(room: Room, plan: Plan, size: int = SIZE) -> Report:
             room.guest(plan, "--net=link:soak", name="two", **others) as two,
         ):
             killers = []
-            for guest, address in ((one, "10.1.0.1"), (two, "10.1.0.2")):
+            for number, (guest, address) in enumerate(((one, "10.1.0.1"), (two, "10.1.0.2"))):
                 _configure(guest, f"{address}/24")
-                killers.append(killer(guest, plan, *_WORKERS))
+                killers.append(killer(guest, replace(plan, seed=plan.seed + number), *_WORKERS))
             pairs = [(one, two, "10.1.0.2"), (two, one, "10.1.0.1")]
             rounds = _Rounds(plan, killers)
             transfers = 0
