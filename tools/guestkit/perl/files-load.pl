@@ -1,7 +1,7 @@
 # files-load.pl work|verify DIRECTORY SEED PROCESSES STOP
 #
-# work: makes, changes, reads and checks, flushes, renames and deletes files in a directory, until the file STOP appears;
-# each of PROCESSES has its own. verify: all files are there and hold what was written last.
+# work: makes, changes, reads and checks, flushes, renames and deletes files in a directory, until the file STOP
+# appears; each of PROCESSES has its own. verify: all files are there and hold what was written last.
 
 use strict;
 use warnings;
@@ -28,7 +28,8 @@ sub work {
         my $dice = rand;
         if (!$known) {
             my $count = 1 + int rand MOST;
-            my $made = $files{$name} = { owner => $process << 24 | ++$serial, generations => [map { ++$generation } 1 .. $count] };
+            my $made = { owner => $process << 24 | ++$serial, generations => [map { ++$generation } 1 .. $count] };
+            $files{$name} = $made;
             my $file = open_file($name, flags() | O_CREAT);
             store($file, 0, $made->{owner}, $made->{generations}, 0, $count);
         } elsif ($dice < 0.15) {

@@ -1,8 +1,8 @@
 # hostile.pl SLOT SEED SECONDS MEMORY
 #
-# The enemy: takes the device in a PCI slot from its driver and misuses it in every way that a guest has, for so long, in
-# an order that SEED gives: rings of garbage and of proper requests, indices that jump, registers and configuration space
-# written at random, resets and queue resets in the midst of it. Puts back what the driver's next start needs.
+# The enemy: takes the device in a PCI slot from its driver and misuses it in every way that a guest has, for so long,
+# in an order that SEED gives: rings of garbage and of proper requests, indices that jump, registers and configuration
+# space written at random, resets and queue resets in the midst of it. Puts back what the driver's next start needs.
 #
 # The kernel has to leave it the last 4 MiB of the guest's MEMORY (MiB): memmap=4M$252M. The device writes to addresses
 # there, or to ones that are no memory, and nowhere else. Otherwise the guest would corrupt itself. For the same reason
@@ -104,10 +104,17 @@ sub store_quadword {
 
 # ---- What is wrong, and what is not ----
 
-sub number { my ($bits) = @_; return int(rand(1 << ($bits < 32 ? $bits : 32))) | ($bits > 32 ? int(rand(1 << ($bits - 32))) << 32 : 0) }
+# number(BITS): any of so many bits
+sub number {
+    my ($bits) = @_;
+    return int(rand(1 << $bits)) if $bits <= 32;
+    return int(rand(1 << 32)) | int(rand(1 << ($bits - 32))) << 32;
+}
 
 # Beyond all memory, at its end, at the ends of what 64 bits can say.
-sub nowhere { return pick($end, $end + number(20), 0xfee00000, 1 << 32, 1 << 63, ~0, ~0 - number(12), number(63) | $end) }
+sub nowhere {
+    return pick($end, $end + number(20), number(63) | $end, 0xfee00000, 1 << 32, 1 << 63, ~0, ~0 - number(12));
+}
 
 # Where the device may write without hurting us. It never gets another address: it may see half of an old descriptor and
 # half of a new one.
@@ -116,8 +123,8 @@ sub somewhere { return chance(0.85) ? $data + int rand($end - $data) : chance(0.
 sub size { return pick(0, 1, 16, 512, 512, 4096, 65536, number(12), number(16), number(32), 0xffffffff) }
 
 # The device's configuration of a queue (4.1.4.3), which was selected.
-use constant { SELECT => 22, SIZE => 24, VECTOR => 26, ENABLE => 28, DESCRIPTORS => 32, AVAILABLE => 40, USED => 48, RESET => 58 };
-use constant { STATUS => 20 };
+use constant { STATUS => 20, SELECT => 22, SIZE => 24, VECTOR => 26, ENABLE => 28 };
+use constant { DESCRIPTORS => 32, AVAILABLE => 40, USED => 48, RESET => 58 };
 
 my $queues = $kind == 0x1041 || $kind == 0x1043 ? 2 : 1;
 my @size = (256) x $queues;
@@ -134,8 +141,8 @@ sub set_up_queue {
     write_window($common + SIZE, 2, chance(0.9) ? $size[$queue] : pick(0, 3, 255, 257, 32768, number(16)));
     my %place = (DESCRIPTORS, ring($queue), AVAILABLE, available($queue), USED, used($queue));
     # The used ring is written to.
-    $place{pick(keys %place)} = chance(0.5) ? nowhere() : $end - number(13) if chance(0.1);
-    write_quadword($common + $_, $place{$_}) for keys %place;
+    $place{pick(sort keys %place)} = chance(0.5) ? nowhere() : $end - number(13) if chance(0.1);
+    write_quadword($common + $_, $place{$_}) for sort keys %place;
     write_window($common + VECTOR, 2, pick(0, $queue, 0xffff, number(16)));
     poke_ram(used($queue), "\0" x 4);
     poke_ram(available($queue), "\0" x 4);
@@ -182,7 +189,8 @@ sub proper_request {
     return ("", [pick(1, 64, 4096), 2]) if $kind == 0x1044;
     return ("", map { [pick(64, 1536, 65550), 2] } 1 .. 1 + rand 3) if $queue == 0;
     return ("", [pick(1, 40, 400), 0]) if $kind == 0x1043;
-    my $header = pack("CCvvvvv", pick(0, 0, 1, number(8)), pick(0, 0, 1, 4, number(8)), map { pick(0, 12, number(16)) } 1 .. 5);
+    my @lengths = map { pick(0, 12, number(16)) } 1 .. 5;
+    my $header = pack("CCv5", pick(0, 0, 1, number(8)), pick(0, 0, 1, 4, number(8)), @lengths);
     return ($header, [12, 0], [pick(14, 60, 1514, 65535), 0]);
 }
 
@@ -250,7 +258,8 @@ sub submit {
     my $size = $size[$queue];
     poke_ram(available($queue) + 4 + 2 * (($index[$queue] + $_) % $size), pack("v", $heads[$_])) for 0 .. $#heads;
     my $before = unpack("v", peek_ram(used($queue) + 2, 2));
-    $index[$queue] = ($index[$queue] + ($wild && chance(0.1) ? pick(0, $size, $size + 1, number(16)) : @heads)) & 0xffff;
+    my $step = $wild && chance(0.1) ? pick(0, $size, $size + 1, number(16)) : @heads;
+    $index[$queue] = ($index[$queue] + $step) & 0xffff;
     poke_ram(available($queue), pack("vv", chance(0.9) ? 0 : number(16), $index[$queue]));
     notify_queue($queue);
     select(undef, undef, undef, 0.001) if chance(0.3);
@@ -264,7 +273,8 @@ sub storm {
     my $queue = int rand $queues;
     notify_queue($queue);
     for (1 .. 50 + rand 200) {
-        my $place = pick(ring($queue) + 16 * number(8), available($queue) + 2 * number(9), used($queue) + 2 * number(10));
+        my $entry = number(9);
+        my $place = pick(ring($queue) + 16 * ($entry & 255), available($queue) + 2 * $entry, used($queue) + 4 * $entry);
         if ($place < available($queue)) { poke_ram($place, descriptor(@{garbage_descriptor()})) }
         else { poke_ram($place, pack("v", number(pick(2, 8, 16)))) }
         notify_queue($queue) if chance(0.05);
