@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from guestkit import traffic
 from guestkit.cache import cache_directory
 from guestkit.disk import MIB
-from guestkit.growth import Grown, Holdings
+from guestkit.growth import Grown, Holdings, require_no_growth
 from guestkit.kit import GuestKit
 from guestkit.soak import Plan
 from guestkit.soak.network import chunks, receive_stream, send_stream
@@ -61,6 +62,26 @@ def test_a_supervisor_that_has_not_grown(now: Holdings) -> None:
 def test_a_supervisor_that_has_grown(now: Holdings) -> None:
     with pytest.raises(Grown, match="the supervisor had 40 files"):
         now.require_no_more_than(BEFORE)
+
+
+def memories(*mebibytes: float) -> list[Holdings]:
+    return [Holdings(40, int(each * MIB), 6) for each in mebibytes]
+
+
+@pytest.mark.parametrize("memory", [(2.5,), (5.5, 2.5, 2.5, 2.5), (2.5, 2.25, 5.5, 3.25), (2.5, 9.0, 2.5)])
+def test_memory_goes_up_and_down_without_growth(memory: tuple[float, ...]) -> None:
+    require_no_growth(memories(*memory))
+
+
+@pytest.mark.parametrize("memory", [(2.5, 3.6), (5.5, 2.5, 4.0, 4.0), (2.0, 2.5, 3.0, 3.5, 4.0, 4.5)])
+def test_memory_that_only_goes_up_is_growth(memory: tuple[float, ...]) -> None:
+    with pytest.raises(Grown):
+        require_no_growth(memories(*memory))
+
+
+def test_one_file_more_at_any_time_is_growth() -> None:
+    with pytest.raises(Grown):
+        require_no_growth([BEFORE, replace(BEFORE, files=41), BEFORE])
 
 
 def stream_of_perl(sysroot: Sysroot, port: int, verb: str) -> str:

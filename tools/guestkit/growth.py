@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from guestkit.disk import MIB
@@ -28,6 +29,20 @@ class Holdings:
 
     def __str__(self) -> str:
         return f"{self.files} files, {self.memory / MIB:.2f} MiB, {self.processes} processes"
+
+
+def require_no_growth(held: Sequence[Holdings]) -> None:
+    """Grown unless one after the other, from the first on, it is no more.
+
+    Memory goes up and down, with what is still shared with processes that were just forked. So what counts is the least
+    of it, of the second half and of the first.
+    """
+    first = held[0]
+    for each in held:
+        replace(each, memory=0).require_no_more_than(first)
+    half = (len(held) + 1) // 2
+    least, least_later = (min(part, key=lambda each: each.memory) for part in (held[:half], held[half:] or held))
+    least_later.require_no_more_than(least)
 
 
 def holdings(guest: Guest) -> Holdings:
