@@ -43,6 +43,14 @@ class MsixTable:
         else:
             self.pending |= 1 << vector
 
+    def message(self, vector: int) -> tuple[int, int] | None:
+        """The address and data that the vector sends now, or None: something masks it."""
+        first = vector * 4
+        words = self._words
+        if not self._open or words[first + 3] & _MASKED:
+            return None
+        return words[first] | words[first + 1] << 32, words[first + 2]
+
     def set_open(self, is_open: bool) -> None:
         """Whether the function as a whole may send."""
         self._open = is_open

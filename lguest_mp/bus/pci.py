@@ -37,7 +37,7 @@ COMMAND = 0x04
 STATUS = 0x06
 _REVISION = 0x08
 _CLASS = 0x09
-_BAR0 = 0x10
+BAR0 = 0x10
 _SUBSYSTEM_VENDOR_ID = 0x2C
 _SUBSYSTEM_ID = 0x2E
 _CAPABILITIES = 0x34
@@ -98,7 +98,7 @@ class PciFunction:
         self._put(_SUBSYSTEM_ID, 2, identity.subsystem)
         if window:
             self._put(COMMAND, 2, 0, writable=COMMAND_MEMORY | COMMAND_MASTER | COMMAND_INTX_DISABLE)
-            self._put(_BAR0, 4, 0, writable=0xFFFF_FFFF & -WINDOW_SIZE)
+            self._put(BAR0, 4, 0, writable=0xFFFF_FFFF & -WINDOW_SIZE)
             self._put(_INTERRUPT_LINE, 1, 0, writable=0xFF)
             self._put(_INTERRUPT_PIN, 1, 1)
 
@@ -132,11 +132,11 @@ class PciFunction:
         """Where the window is, while it is open."""
         if not self._has_window or not self.config[COMMAND] & COMMAND_MEMORY:
             return None
-        return int.from_bytes(self.config[_BAR0 : _BAR0 + 4], "little") & -WINDOW_SIZE
+        return int.from_bytes(self.config[BAR0 : BAR0 + 4], "little") & -WINDOW_SIZE
 
     def assign(self, address: int, interrupt_line: int) -> None:
         """What firmware does: gives the window an address and opens it, and notes where the interrupt goes."""
-        self.config[_BAR0 : _BAR0 + 4] = address.to_bytes(4, "little")
+        self.config[BAR0 : BAR0 + 4] = address.to_bytes(4, "little")
         self.config[COMMAND] |= COMMAND_MEMORY
         self.config[_INTERRUPT_LINE] = interrupt_line
 
@@ -249,5 +249,5 @@ class PciBus:
             return
         offset = self._address & 0xFC | lane
         function.config_write(offset, size, value)
-        if offset & 0xFC in {COMMAND, _BAR0}:
+        if offset & 0xFC in {COMMAND, BAR0}:
             self._find_windows()

@@ -45,6 +45,7 @@ from typing import Protocol
 from lguest_mp.bus import msix
 from lguest_mp.bus.msix import MsixTable
 from lguest_mp.bus.pci import (
+    BAR0,
     COMMAND,
     COMMAND_INTX_DISABLE,
     COMMAND_MASTER,
@@ -188,6 +189,16 @@ class DeviceControl(Protocol):
         """One line for the user."""
 
 
+class Shortcuts(Protocol):
+    """Ways between a device's driver and its workers past the machine. The platform's lock is held for both methods."""
+
+    def notify_at(self, queue: int, address: int | None) -> None:
+        """Stores to ``address`` notify the queue's worker from now on; None: no more, they are the device's again."""
+
+    def interrupt_by(self, queue: int, message: tuple[int, int] | None) -> None:
+        """The worker's interrupts are this message (address, data) from now on; None: they come here again."""
+
+
 @dataclass
 class _Queue:
     """What the driver has configured for one queue (4.1.4.3)."""
@@ -224,6 +235,7 @@ class VirtioPciFunction(PciFunction):
         lock: AbstractContextManager[object],
         interrupts: Interrupts,
         control: DeviceControl,
+        shortcuts: Shortcuts | None = None,
     ) -> None:
         super().__init__(
             PciIdentity(
@@ -241,6 +253,7 @@ class VirtioPciFunction(PciFunction):
         self._lock = lock
         self._interrupts = interrupts
         self._control = control
+        self._shortcuts = shortcuts
         self._count = len(device.queue_names)
         if len(self._kicks) != self._count:
             raise ValueError(f"{device.name} has {self._count} queues and {len(self._kicks)} eventfds")
@@ -255,6 +268,9 @@ class VirtioPciFunction(PciFunction):
         self._served = False
         self._complained = False
         self._generation = 0
+        #: For each queue which notifications and which interrupts take a shortcut now.
+        self._short_notifications: list[int | None] = [None] * self._count
+        self._short_interrupts: list[tuple[int, int] | None] = [None] * self._count
         self._set_defaults()
         self._add_capabilities()
 
@@ -323,6 +339,7 @@ class VirtioPciFunction(PciFunction):
             case 4:
                 with self._lock:
                     self._msix.write(offset - MSIX_TABLE, size, value)
+                    self._update_shortcuts()
 
     # Common configuration
 
@@ -421,6 +438,7 @@ class VirtioPciFunction(PciFunction):
     def _set_vector(self, source: int, vector: int) -> None:
         with self._lock:
             self._vectors[source] = vector if vector < self._msix.vectors else NO_VECTOR
+            self._update_shortcuts()
 
     # The device's own configuration
 
@@ -485,10 +503,12 @@ class VirtioPciFunction(PciFunction):
             # Unless a worker has found the driver breaking a rule already.
             if self.state is DeviceState.STARTING:
                 self.state = DeviceState.RUNNING
+            self._update_shortcuts()
 
     def _reset(self) -> None:
         with self._lock:
             self.state = DeviceState.RESETTING
+            self._update_shortcuts()
         if self._served:
             self._control.reset()
             self._served = False
@@ -504,13 +524,15 @@ class VirtioPciFunction(PciFunction):
         queue.enabled = True
         if self.state is DeviceState.RUNNING:
             self._control.start_queue(index, self._driver_features, queue.layout())
+            with self._lock:
+                self._update_shortcuts()
 
     def _reset_queue(self, index: int) -> None:
         """The driver takes one queue back; its registers are as after a reset (2.6.1, 4.1.4.3.1)."""
-        if self.state is DeviceState.RUNNING:
-            self._control.reset_queue(index)
         self._queues[index] = _Queue()
         self._set_vector(index, NO_VECTOR)
+        if self.state is DeviceState.RUNNING:
+            self._control.reset_queue(index)
 
     # What happens outside
 
@@ -538,6 +560,7 @@ class VirtioPciFunction(PciFunction):
                 return False
             self.state = DeviceState.BROKEN
             self._status |= DeviceStatus.NEEDS_RESET
+            self._update_shortcuts()
             self._raise(self._config_source)
             return True
 
@@ -594,6 +617,7 @@ class VirtioPciFunction(PciFunction):
                 self._pending_to_raised()
         self._msix.set_open(enabled and not control & msix.FUNCTION_MASK and bool(self.command & COMMAND_MASTER))
         self._update_pin()
+        self._update_shortcuts()
 
     def _raised_to_pending(self) -> None:
         for source, vector in enumerate(self._vectors):
@@ -606,6 +630,36 @@ class VirtioPciFunction(PciFunction):
             if vector != NO_VECTOR and self._msix.pending >> vector & 1:
                 self._raised |= 1 << source
         self._msix.forget()
+
+    # Shortcuts; the lock is held
+
+    def _update_shortcuts(self) -> None:
+        """Something has changed that may open or close one."""
+        if self._shortcuts is None:
+            return
+        for queue in range(self._count):
+            address = self._notification_address(queue)
+            if address != self._short_notifications[queue]:
+                self._short_notifications[queue] = address
+                self._shortcuts.notify_at(queue, address)
+            message = self._interrupt_message(queue)
+            if message != self._short_interrupts[queue]:
+                self._short_interrupts[queue] = message
+                self._shortcuts.interrupt_by(queue, message)
+
+    def _notification_address(self, queue: int) -> int | None:
+        """Where a store does nothing but notify the queue's worker."""
+        window = self.window
+        if window is None or self.state is not DeviceState.RUNNING or not self._queues[queue].enabled:
+            return None
+        return window + NOTIFY + queue * NOTIFY_MULTIPLIER
+
+    def _interrupt_message(self, queue: int) -> tuple[int, int] | None:
+        """The message that is all that an interrupt of the queue does."""
+        vector = self._vectors[queue]
+        if not self._msix_enabled or vector == NO_VECTOR or self.state not in _ALIVE:
+            return None
+        return self._msix.message(vector)
 
     # Configuration space
 
@@ -626,6 +680,9 @@ class VirtioPciFunction(PciFunction):
         if doubleword in {COMMAND, self._msix_control & ~3}:
             with self._lock:
                 self._switch_interrupts()
+        elif doubleword == BAR0:
+            with self._lock:
+                self._update_shortcuts()
         elif doubleword == self._pci_data and (access := self._pci_window_access()):
             window_offset, length = access
             self.write(window_offset, length, int.from_bytes(self.config[self._pci_data :][:length], "little"))

@@ -1,7 +1,14 @@
 """What a CPU engine has to do, and what it may expect of the machine around it.
 
-One thread, the *CPU's*, is inside :meth:`Engine.run`; it is the main thread of the machine process. Every method of
-:class:`Platform` is called on it. Any other thread may only call :meth:`Engine.kick` and :meth:`Engine.call`.
+One thread, the *CPU's*, is inside :meth:`Engine.run`; it is the main thread of the machine process. The methods of
+:class:`Hardware` and :class:`Platform` are called on it, or on a thread of the engine's own for another processor, but
+never on two at a time. Any other thread may only call :meth:`Engine.kick` and :meth:`Engine.call`.
+
+Engines differ in how much of a computer they are. The embedded CPU is a processor and no more: the machine has the
+local APIC, the timer and the clock for it (:class:`Platform`). KVM has all of these itself: it is connected to ports
+and registers only (:class:`Hardware`), and the machine is given its local APICs to send interrupts to
+(:class:`LocalApics`), with ways from guest to worker and back that do not lead through the machine's process at all
+(:class:`DirectPaths`). docs/engines.md tells how to add another one.
 """
 
 from __future__ import annotations
@@ -32,8 +39,8 @@ class EntryState:
 CpuidResult = tuple[int, int, int, int]
 
 
-class Platform(Protocol):
-    """What the guest's CPU is connected to: ports, registers in memory, and an interrupt controller.
+class Hardware(Protocol):
+    """What every guest's CPU is connected to: ports, and registers in memory.
 
     Sizes are 1, 2, 4 (ports, MMIO) or 8 (MMIO) bytes, values are unsigned. Nothing answers at an address: a read
     gives all ones, a write does nothing. A method may raise: run() ends with that exception.
@@ -46,6 +53,10 @@ class Platform(Protocol):
     def mmio_read(self, address: int, size: int) -> int: ...
 
     def mmio_write(self, address: int, size: int, value: int) -> None: ...
+
+
+class Platform(Hardware, Protocol):
+    """What a CPU is connected to that has no interrupt controller, no timer and no clock of its own."""
 
     def cpuid(self, leaf: int, subleaf: int, native: CpuidResult) -> CpuidResult:
         """What CPUID tells (eax, ebx, ecx, edx); ``native`` is what the engine's CPU would say."""
@@ -69,24 +80,77 @@ class Platform(Protocol):
         """
 
 
+class LocalApics(Protocol):
+    """The processors' local APICs, as the rest of the machine sees them. The machine's lock is held for all but two."""
+
+    @property
+    def page(self) -> int:
+        """The number of the page for which :meth:`read` and :meth:`write` answer, or -1: there is none (now)."""
+
+    def read(self, offset: int, size: int) -> int:
+        """A register. Without the lock."""
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """A register. Without the lock."""
+
+    def message(self, address: int, data: int) -> bool:
+        """A message-signalled interrupt, as a device writes it; whether a processor accepted it."""
+
+    def deliver(self, *, pin: int, destination: int, logical: bool, mode: int, vector: int, level: bool) -> bool:
+        """What an input of the I/O APIC, ``pin``, sends; whether a processor accepted it.
+
+        The end of a level-triggered one is told to the I/O APIC.
+        """
+
+
+class DirectPaths(Protocol):
+    """Ways between guest and workers past the machine's process. The machine's lock is held for every method.
+
+    ``line`` is the number of a queue, counted over all devices; a message is (address, data). What answers False cannot
+    be, and nothing has changed.
+    """
+
+    def attach_interrupt(self, line: int, call: int, message: tuple[int, int]) -> bool:
+        """Each write to the eventfd ``call`` is this message from now on; and at once, if there is one unread."""
+
+    def change_interrupt(self, line: int, message: tuple[int, int]) -> bool:
+        """An attached line's message is another one from now on."""
+
+    def detach_interrupt(self, line: int, call: int) -> None:
+        """Writes to ``call`` are left in it again."""
+
+    def attach_notification(self, address: int, kick: int) -> bool:
+        """A store of the guest's to ``address`` adds 1 to the eventfd ``kick`` and does nothing else."""
+
+    def detach_notification(self, address: int, kick: int) -> None:
+        """It is the machine's again."""
+
+
 class GuestHalted(Exception):
     """The CPU executed HLT with interrupts off: nothing can wake it, ever."""
 
 
 class GuestFault(Exception):
-    """The CPU cannot go on (triple fault, an access the engine cannot do); the text says why, in one line."""
+    """The CPU cannot go on (triple fault, an access the engine cannot do); the text says why, in one line.
+
+    ``details``: for whoever asked for more, in any number of lines.
+    """
+
+    def __init__(self, why: str, details: str = "") -> None:
+        super().__init__(why)
+        self.details = details
 
 
 class Engine(ABC):
-    """One virtual CPU."""
+    """The guest's CPU, or CPUs."""
 
     @abstractmethod
     def enter(self, state: EntryState) -> None:
-        """Sets the registers for the first instruction."""
+        """Sets the registers for the first instruction, of the first processor."""
 
     @abstractmethod
     def run(self) -> None:
-        """Runs the guest until a callback or a job raises; that exception comes out. GuestHalted, GuestFault."""
+        """Runs the guest until a method of the machine's or a job raises; that comes out. GuestHalted, GuestFault."""
 
     @abstractmethod
     def kick(self) -> None:
@@ -101,10 +165,3 @@ class Engine(ABC):
     @abstractmethod
     def call(self, job: Callable[[], None]) -> None:
         """Runs ``job`` on the CPU's thread between two instructions, soon; returns at once. From any thread."""
-
-    @abstractmethod
-    def forget_code(self, first_page: int, last_page: int) -> None:
-        """Pages of guest memory (offset / 4096) were written behind the CPU's back: drop what was translated.
-
-        On the CPU's thread only (see :meth:`call`).
-        """

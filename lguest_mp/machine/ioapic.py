@@ -37,9 +37,9 @@ _VERSION = 0x20 | (IO_APIC_PINS - 1) << 16
 
 
 class InterruptBus(Protocol):
-    """Where messages go; see :class:`lguest_mp.machine.lapic.LocalApic`."""
+    """Where messages go; see :class:`lguest_mp.cpu.engine.LocalApics`."""
 
-    def deliver(self, *, destination: int, logical: bool, mode: int, vector: int, level: bool) -> bool: ...
+    def deliver(self, *, pin: int, destination: int, logical: bool, mode: int, vector: int, level: bool) -> bool: ...
 
 
 class IoApic:
@@ -64,16 +64,18 @@ class IoApic:
             if entry & _LEVEL:
                 self._service(pin)
             elif not entry & _MASKED:
-                self._send(entry)
+                self._send(pin)
 
     def _service(self, pin: int) -> None:
         """Sends what an asserted level-triggered pin has to send now."""
         entry = self._table[pin]
-        if self._asserted[pin] and entry & (_LEVEL | _MASKED | _REMOTE_IRR) == _LEVEL and self._send(entry):
+        if self._asserted[pin] and entry & (_LEVEL | _MASKED | _REMOTE_IRR) == _LEVEL and self._send(pin):
             self._table[pin] = entry | _REMOTE_IRR
 
-    def _send(self, entry: int) -> bool:
+    def _send(self, pin: int) -> bool:
+        entry = self._table[pin]
         return self._bus.deliver(
+            pin=pin,
             destination=entry >> 56,
             logical=bool(entry & _LOGICAL),
             mode=entry >> 8 & 7,

@@ -180,7 +180,7 @@ class LocalApic:
         """
         if address >> 20 != 0xFEE or data & (_MSI_LEVEL | _MSI_ASSERT) == _MSI_LEVEL:
             return False
-        return self.deliver(
+        return self._receive(
             destination=address >> 12 & 0xFF,
             logical=bool(address & 4),
             mode=data >> 8 & 7,
@@ -188,8 +188,11 @@ class LocalApic:
             level=bool(data & _MSI_LEVEL),
         )
 
-    def deliver(self, *, destination: int, logical: bool, mode: int, vector: int, level: bool) -> bool:
-        """An interrupt message with its destination resolved; whether this CPU accepted it. The lock is held."""
+    def deliver(self, *, pin: int, destination: int, logical: bool, mode: int, vector: int, level: bool) -> bool:
+        """What an input of the I/O APIC sends; whether this CPU accepted it. The lock is held."""
+        return self._receive(destination=destination, logical=logical, mode=mode, vector=vector, level=level)
+
+    def _receive(self, *, destination: int, logical: bool, mode: int, vector: int, level: bool) -> bool:
         if mode in _VECTORED_MODES and self._is_for_me(destination, logical):
             return self._accept(vector, level)
         return False

@@ -11,6 +11,12 @@ LOCAL_APIC_BASE = 0xFEE0_0000
 #: Inputs of the I/O APIC: 0-15 as ISA's, 16-23 for PCI's INTA#-INTD#.
 IO_APIC_PINS = 24
 
+#: APIC IDs are 0 to 254; 255 means all of them.
+MAX_CPUS = 255
+
+#: Four pages of nobody's, in which KVM keeps what Intel's processors need of it in real mode.
+KVM_PAGES = 0xFFFB_C000
+
 #: The window from which PCI's memory BARs are assigned, first and last byte.
 PCI_WINDOW_FIRST = 0xC000_0000
 PCI_WINDOW_LAST = 0xFEBF_FFFF

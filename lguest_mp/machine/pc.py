@@ -1,6 +1,9 @@
 """The `pc` machine: a 64-bit PC without a past, and the process that is it.
 
-There is a local APIC and an I/O APIC, ACPI says so, and nothing of what a PC had before them: no 8259, no 8254, no
+This is all of it but the processors with what belongs to each: local APIC, timer, clock. An engine may have those
+(``cpu/kvm``), or else the machine does (``embedded.py``).
+
+There are local APICs and an I/O APIC, ACPI says so, and nothing of what a PC had before them: no 8259, no 8254, no
 keyboard controller, no CMOS clock. There is a serial port, a PCI bus with the virtio devices, and a few ports that end
 the guest.
 
@@ -10,7 +13,8 @@ interrupts, the guest's timer, the terminal, the supervisor's news. What both to
 guarded by one lock that is held for a few microseconds at most; nothing is waited for with it held.
 
 The workers' `call` eventfds are never read. The loop watches them edge-triggered: every write is an edge, whatever the
-counter says, and there is nothing to drain when a device is reset.
+counter says, and there is nothing to drain when a device is reset. Where the engine has direct ways from workers to
+guest and back, it is the engine that they are given to (``shortcuts.py``).
 
 How the guest ends comes out of the engine as an exception, and goes to the supervisor as the machine's last message.
 """
@@ -24,15 +28,12 @@ from collections.abc import Callable, Sequence
 from lguest_mp import protocol
 from lguest_mp.bus.pci import ALL_ONES, WINDOW_SHIFT, IntxLines, PciBus
 from lguest_mp.bus.virtio_pci import VirtioPciFunction
-from lguest_mp.cpu.engine import CpuidResult, Engine, EntryState, GuestFault, GuestHalted
-from lguest_mp.line import Line
-from lguest_mp.machine import clock, lapic, power
-from lguest_mp.machine.clock import GuestClock, HostClock, HostCounter
+from lguest_mp.cpu.engine import DirectPaths, Engine, EntryState, GuestFault, GuestHalted, LocalApics
+from lguest_mp.errors import LguestError
+from lguest_mp.machine import power
 from lguest_mp.machine.control import Control, News, Supervisor, SupervisorGone, bug, live
-from lguest_mp.machine.cpuid import cpuid
 from lguest_mp.machine.eventloop import EventLoop
 from lguest_mp.machine.ioapic import IoApic
-from lguest_mp.machine.lapic import LocalApic
 from lguest_mp.machine.layout import (
     IO_APIC_BASE,
     PCI_CONFIG_ADDRESS,
@@ -46,10 +47,9 @@ from lguest_mp.machine.layout import (
 from lguest_mp.machine.lock import BoardLock
 from lguest_mp.machine.power import GuestEnd
 from lguest_mp.machine.serial import SerialPort
+from lguest_mp.machine.shortcuts import DeviceShortcuts
 from lguest_mp.machine.stdio import StandardInput, StandardOutput
-from lguest_mp.machine.timer import HostTimer
-from lguest_mp.machine.wiring import DevicePort
-from lguest_mp.memory import GuestMemory
+from lguest_mp.machine.wiring import DevicePort, console_line
 from lguest_mp.protocol import Died, Message, PowerOff
 from lguest_mp.screen import Track
 from lguest_mp.virtio.device import DeviceId
@@ -67,59 +67,56 @@ _SIZE_NEWS = (0.02, 0.1, 0.5)
 class _Wires:
     """The interrupts of one slot."""
 
-    def __init__(self, slot: int, local_apic: LocalApic, lines: IntxLines) -> None:
+    def __init__(self, slot: int, local_apics: LocalApics, lines: IntxLines) -> None:
         self._slot = slot
         self._lines = lines
-        self.message: Callable[[int, int], object] = local_apic.message
+        self.message: Callable[[int, int], object] = local_apics.message
 
     def set_intx(self, asserted: bool) -> None:
         self._lines.set(self._slot, asserted)
 
 
 class Pc:
-    """The machine around the CPU; a :class:`lguest_mp.cpu.engine.Platform`."""
+    """The machine around the CPU; a :class:`lguest_mp.cpu.engine.Hardware`."""
 
     def __init__(  # noqa: PLR0917 -- what a machine is connected to
         self,
-        memory: GuestMemory,
         devices: Sequence[DevicePort],
         requests: socket.socket,
         events: socket.socket,
         input_fd: int | None,
         output_fd: int,
-        line: Line | None = None,
+        lock: BoardLock,
+        local_apics: LocalApics,
+        paths: DirectPaths | None = None,
     ) -> None:
-        """``input_fd`` and ``output_fd`` are the terminal; over the ``line`` others are attached to the console."""
-        # First of all, because the frequency of the time stamp counter is the better known the longer ago this was.
-        self._host_clock = HostClock(HostCounter())
-        self._guest_clock = GuestClock(memory, self._host_clock)
+        """``input_fd`` and ``output_fd`` are the terminal; over the console's line others are attached to it.
+
+        ``paths``: the engine's ways between guest and workers past this process, if it has any.
+        """
         self._supervisor = Supervisor(requests)
         self._engine: Engine | None = None
         self._loop = EventLoop()
 
-        self._lock = lock = BoardLock()
-        self._timer = HostTimer()
-        self._local_apic = LocalApic(lock, self._timer, self._host_clock)
-        self._io_apic = IoApic(lock, self._local_apic)
-        self._local_apic.connect(self._io_apic.end_of_interrupt)
-        self._output = StandardOutput(output_fd, self._loop, None if line is None else line.writer(Track.SERIAL))
+        self._lock = lock
+        self._local_apics = local_apics
+        self._io_apic = IoApic(lock, local_apics)
+        attached = console_line(devices)
+        self._output = StandardOutput(output_fd, self._loop, None if attached is None else attached.writer(Track.SERIAL))
         self._serial = SerialPort(lock, self._output, lambda line: self._io_apic.set_line(SERIAL_IRQ, line))
         self._output.on_idle = self._serial.idle
-        inputs = [input_fd, None if line is None else line.keys]
+        inputs = [input_fd, None if attached is None else attached.keys]
         self._inputs = [self._input(fd) for fd in inputs if fd is not None]
         self._serial.on_room = self._resume_input
 
         lines = IntxLines(lambda line, asserted: self._io_apic.set_line(PCI_INTX_PIN + line, asserted))
-        self._functions = [
-            VirtioPciFunction(
-                port.device,
-                port.kicks,
-                lock=lock,
-                interrupts=_Wires(index + 1, self._local_apic, lines),
-                control=self._control(index, port),
-            )
-            for index, port in enumerate(devices)
-        ]
+        self._functions: list[VirtioPciFunction] = []
+        line = 0
+        for index, port in enumerate(devices):
+            wires = _Wires(index + 1, local_apics, lines)
+            shortcuts = None if paths is None else DeviceShortcuts(paths, port, line, lock, self._loop)
+            self._functions.append(self._connect_device(index, port, wires, shortcuts))
+            line += len(port.kicks)
         self._news = News(events, self._functions, self._take_input, self._release_input)
         self._bus = PciBus(
             self._functions,
@@ -130,11 +127,25 @@ class Pc:
         self._port_readers: dict[int, Callable[[int, int], int]] = {}
         self._port_writers: dict[int, Callable[[int, int, int], None]] = {}
         self._connect_ports()
-        self._loop.add_shared(self._timer.fd, self._on_timer)
         self._loop.add(events.fileno(), self._news.hear)
-        for function, port in zip(self._functions, devices, strict=True):
+
+    def _connect_device(
+        self, index: int, port: DevicePort, wires: _Wires, shortcuts: DeviceShortcuts | None
+    ) -> VirtioPciFunction:
+        function = VirtioPciFunction(
+            port.device,
+            port.kicks,
+            lock=self._lock,
+            interrupts=wires,
+            control=self._control(index, port),
+            shortcuts=shortcuts,
+        )
+        if shortcuts is not None:
+            shortcuts.connect(function.queue_interrupt)
+        else:
             for queue, call in enumerate(port.calls):
                 self._watch_call(call, function, queue)
+        return function
 
     def _control(self, index: int, port: DevicePort) -> Control:
         is_console = port.device.device_id is DeviceId.CONSOLE
@@ -201,8 +212,8 @@ class Pc:
 
     def mmio_read(self, address: int, size: int) -> int:
         """A load from where there is no RAM."""
-        if address >> _PAGE_SHIFT == self._local_apic.page:
-            return self._local_apic.read(address & _PAGE_MASK, size)
+        if address >> _PAGE_SHIFT == self._local_apics.page:
+            return self._local_apics.read(address & _PAGE_MASK, size)
         function = self._bus.windows.get(address >> WINDOW_SHIFT)
         if function is not None:
             return function.read(address & _WINDOW_MASK, size)
@@ -212,8 +223,8 @@ class Pc:
 
     def mmio_write(self, address: int, size: int, value: int) -> None:
         """A store to where there is no RAM."""
-        if address >> _PAGE_SHIFT == self._local_apic.page:
-            self._local_apic.write(address & _PAGE_MASK, size, value)
+        if address >> _PAGE_SHIFT == self._local_apics.page:
+            self._local_apics.write(address & _PAGE_MASK, size, value)
             return
         function = self._bus.windows.get(address >> WINDOW_SHIFT)
         if function is not None:
@@ -221,54 +232,7 @@ class Pc:
         elif address >> _PAGE_SHIFT == _IO_APIC_PAGE:
             self._io_apic.write(address & _PAGE_MASK, size, value)
 
-    def cpuid(self, leaf: int, subleaf: int, native: CpuidResult) -> CpuidResult:
-        """CPUID."""
-        return cpuid(leaf, subleaf, native, self._host_clock)
-
-    def msr_read(self, index: int) -> int | None:
-        """RDMSR."""
-        match index:
-            case lapic.TSC_DEADLINE_MSR:
-                return self._local_apic.read_deadline()
-            case lapic.APIC_BASE_MSR:
-                return self._local_apic.read_base()
-            case clock.SYSTEM_TIME_MSR | clock.WALL_CLOCK_MSR:
-                return self._guest_clock.read_msr(index)
-        return None
-
-    def msr_write(self, index: int, value: int) -> bool:
-        """WRMSR."""
-        match index:
-            case lapic.TSC_DEADLINE_MSR:
-                self._local_apic.write_deadline(value)
-            case lapic.APIC_BASE_MSR:
-                self._local_apic.write_base(value)
-            case clock.SYSTEM_TIME_MSR:
-                self._guest_clock.write_system_time(value)
-            case clock.WALL_CLOCK_MSR:
-                self._guest_clock.write_wall_clock(value)
-            case _:
-                return False
-        return True
-
-    def interrupt_pending(self) -> bool:
-        """Whether take_interrupt() would give a vector now."""
-        return self._local_apic.pending
-
-    def take_interrupt(self) -> int | None:
-        """Acknowledges the highest pending interrupt."""
-        return self._local_apic.take()
-
-    def idle(self, wake: int) -> None:
-        """The CPU sleeps in HLT: its thread waits for the guest's interrupts itself."""
-        self._loop.help(wake)
-
     # The events, on their thread (or on the CPU's while that sleeps)
-
-    def _on_timer(self) -> None:
-        self._local_apic.timer_expired()
-        if self._engine is not None and self._guest_clock.is_due():
-            self._engine.call(self._guest_clock.publish)
 
     def _interrupted(self) -> None:
         self._supervisor.tell(protocol.Interrupted())
@@ -329,7 +293,11 @@ class Pc:
             self._supervisor.tell(protocol.Log("the guest halted", verbose=True))
             return PowerOff()
         except GuestFault as fault:
+            for line in fault.details.splitlines():
+                self._supervisor.tell(protocol.Log(line, verbose=True))
             return Died(str(fault))
+        except LguestError as error:
+            return Died(str(error))
         except SupervisorGone:
             raise
         except Exception as error:  # Whatever it is, it is a bug of ours, and the guest's end
@@ -340,4 +308,3 @@ class Pc:
         """Gives back what the machine holds of the host; it must not run any more."""
         self._output.close()
         self._loop.close()
-        self._timer.close()

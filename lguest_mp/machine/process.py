@@ -1,6 +1,6 @@
-"""The machine process of a `pc` guest: its body, in the forked child.
+"""The machine process of a `pc` guest on the embedded CPU: its body, in the forked child.
 
-It joins the embedded CPU to the PC around it, and carries the workers' requests to forget translated code to the one
+It joins the CPU to the PC around it, and carries the workers' requests to forget translated code to the one
 thread that may: the CPU's.
 """
 
@@ -13,9 +13,9 @@ from lguest_mp.codemap import CodeMap
 from lguest_mp.config import GuestConfig
 from lguest_mp.cpu.engine import EntryState
 from lguest_mp.cpu.unicorn.engine import UnicornEngine
-from lguest_mp.machine.pc import Pc
+from lguest_mp.machine.embedded import EmbeddedPc
 from lguest_mp.machine.stalecode import answer_workers
-from lguest_mp.machine.wiring import DevicePort, console_line
+from lguest_mp.machine.wiring import DevicePort
 from lguest_mp.memory import GuestMemory
 
 
@@ -29,7 +29,7 @@ def run_machine(  # noqa: PLR0917 -- what a machine consists of
     events: socket.socket,
 ) -> None:
     """Runs the guest from its first instruction to its end, and tells the supervisor how it ended."""
-    pc = Pc(memory, devices, requests, events, input_fd=0, output_fd=1, line=console_line(devices))
+    pc = EmbeddedPc(memory, devices, requests, events, input_fd=0, output_fd=1)
     engine = UnicornEngine(memory, pc, code_map)
     answer_workers(code_map, engine, pc.add_reader)
     pc.run(engine, entry)

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from lguest_mp import protocol
 from lguest_mp.cpu.engine import Engine, EntryState, GuestFault, GuestHalted
+from lguest_mp.machine.embedded import EmbeddedPc
 from lguest_mp.machine.lapic import APIC_BASE_MSR, TSC_DEADLINE_MSR
 from lguest_mp.machine.layout import IO_APIC_BASE, LOCAL_APIC_BASE, PCI_WINDOW_FIRST, SERIAL_PORT
-from lguest_mp.machine.pc import Pc
 from lguest_mp.machine.power import GuestEnd
 from lguest_mp.machine.wiring import DevicePort
 from lguest_mp.memory import GuestMemory
@@ -103,7 +103,7 @@ class Machine:
             for device in (FakeDevice("console", DeviceId.CONSOLE), FakeDevice("disk0", DeviceId.BLOCK))
         ]
         self.memory = GuestMemory(1 << 20)
-        self.pc = Pc(self.memory, self.devices, machine_requests, machine_events, terminal, output)
+        self.pc = EmbeddedPc(self.memory, self.devices, machine_requests, machine_events, terminal, output)
         self.messages: list[Message] = []
         self.on_request: Callable[[Message], None] = lambda _message: None
         self.interrupted = threading.Event()
