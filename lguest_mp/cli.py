@@ -17,6 +17,7 @@ from pathlib import Path
 from lguest_mp import __version__
 from lguest_mp.config import STUCK_AFTER, BlockConfig, CrashPolicy, DeviceConfig, GuestConfig, OnCrash, RngConfig
 from lguest_mp.errors import LguestError
+from lguest_mp.machine.layout import MAX_CPUS
 from lguest_mp.supervisor import ending
 from lguest_mp.supervisor.log import Level, say
 
@@ -39,7 +40,9 @@ Options, anywhere before '--':
   --username=<user>   become this user before the guest runs (as root)
   --chroot=<dir>      make this the root directory before the guest runs (as root)
   --name=<name>       what to call the guest in 'ps'; otherwise the process ID
-  --cpu=<engine>      what executes the guest: unicorn, the embedded CPU, or lguest, the host's /dev/lguest
+  --cpu=<engine>      what executes the guest: kvm, the host's /dev/kvm; unicorn, the embedded CPU; lguest, the host's
+                      /dev/lguest; auto, the default: KVM where it can run a stock kernel, the embedded CPU elsewhere
+  --cpus=<n>          how many processors the guest has (on KVM)
   --machine=<kind>    what the guest finds: pc, or lguest, which is for 32-bit kernels; otherwise what the kernel is for
   --on-crash=[<device>:]<policy>
                       what to do when a worker (of that device: console, block0, net0, ...) crashes: restart it, at most
@@ -63,9 +66,9 @@ Exit status: 0 the guest powered off, 1 lguest could not do it, 2 usage, 3 the g
 """
 _OPTIONS = [
     *("verbose", "net=", "tunnet=", "block=", "rng", "initrd=", "username=", "chroot="),
-    *("name=", "cpu=", "machine=", "on-crash=", "stuck-after=", "demo", "help", "version"),
+    *("name=", "cpu=", "cpus=", "machine=", "on-crash=", "stuck-after=", "demo", "help", "version"),
 ]
-_CPUS = ("unicorn", "lguest")
+_CPUS = ("auto", "kvm", "unicorn", "lguest")
 _MACHINES = ("pc", "lguest")
 
 #: A name is for people, and for the command lines of other tools.
@@ -116,6 +119,7 @@ def parse(arguments: Sequence[str]) -> GuestConfig:
         chroot=_file("--chroot", single["chroot"]) if "chroot" in single else None,
         verbose="verbose" in single or "v" in single,
         cpu=cpu,
+        cpus=_count(single["cpus"]) if "cpus" in single else 1,
         machine=machine,
         crash_policies=tuple(_crash_policy(value) for name, value in given if name == "on-crash"),
         stuck_after=_seconds("--stuck-after", single["stuck-after"]) if "stuck-after" in single else STUCK_AFTER,
@@ -184,6 +188,12 @@ def _memory(text: str) -> int:
     return int(text) << 20
 
 
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or not 0 < int(text[:_MEMORY_DIGITS]) <= MAX_CPUS:
+        raise LguestError(f"--cpus={text}: a guest has 1 to {MAX_CPUS} processors")
+    return int(text)
+
+
 def _name(text: str) -> str:
     if not 0 < len(text) <= _NAME_LENGTH or not set(text) <= _NAME_CHARACTERS:
         raise LguestError(f"--name={text}: a name has 1 to {_NAME_LENGTH} letters, digits, '.', '_' or '-'")
@@ -223,10 +233,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _launch(config: GuestConfig) -> int:
-    from lguest_mp.supervisor import parts, run  # noqa: PLC0415 -- --help needs none of it
+    from lguest_mp.supervisor import kvm_probe  # noqa: PLC0415 -- --help needs none of it
 
     _open_standard_files()
-    return conclude(run.run(config, parts.of(config)))
+    probe = kvm_probe.start() if config.cpu == "auto" else None  # it looks while we import what takes longer
+    from lguest_mp.supervisor import parts, run  # noqa: PLC0415
+
+    return conclude(run.run(config, parts.of(config, probe)))
 
 
 def conclude(how: ending.Ending) -> int:  # noqa: RET503 -- two of the three ways never return

@@ -111,9 +111,10 @@ class GuestConfig:
     """One guest as its user asked for it.
 
     ``memory`` is in bytes. ``devices`` are in the order of the command line; the console, which every guest has, is
-    not among them. ``arguments`` are the kernel's, as given. ``machine`` is ``pc`` or ``lguest``; None: the one that
-    the kernel is for. ``crash_policies``: by device; None: of all others. ``stuck_after``: how long (seconds) a worker
-    may get nothing of its work done, 0: for ever.
+    not among them. ``arguments`` are the kernel's, as given. ``cpu`` is what executes it: ``unicorn``, ``kvm`` or
+    ``lguest``; ``auto``: what this host has. ``machine`` is ``pc`` or ``lguest``; None: the one that the kernel is for.
+    ``crash_policies``: by device; None: of all others. ``stuck_after``: how long (seconds) a worker may get nothing of
+    its work done, 0: for ever.
     """
 
     name: str
@@ -125,7 +126,8 @@ class GuestConfig:
     username: str | None = None
     chroot: Path | None = None
     verbose: bool = False
-    cpu: str = "unicorn"
+    cpu: str = "auto"
+    cpus: int = 1
     machine: str | None = None
     crash_policies: tuple[tuple[str | None, CrashPolicy], ...] = ()
     stuck_after: float = STUCK_AFTER

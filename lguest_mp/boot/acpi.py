@@ -4,7 +4,7 @@ A kernel that is told nothing looks for what a PC of 1995 had, and waits for it.
 (ACPI 6.4, 4.1): no PIC, no PIT, no ACPI interrupt, no fixed power registers; flags say that there is no VGA, no CMOS
 clock and no keyboard controller to probe. What there is:
 
-- RSDP → XSDT → FADT (with the sleep and reset registers) → DSDT; MADT: one CPU, one I/O APIC; SPCR: the serial port
+- RSDP → XSDT → FADT (with the sleep and reset registers) → DSDT; MADT: the CPUs, one I/O APIC; SPCR: the serial port
   as the console of ``earlycon``.
 - The DSDT: the PCI host bridge with its windows and the way of every slot's INTA#-INTD# to the I/O APIC, the first
   serial port, the panic port, and S5 (power off).
@@ -44,8 +44,11 @@ _PCI_INTX_PINS = 4
 _PRESENT = 0xF
 
 
-def acpi_tables(base: int) -> bytes:
-    """All tables as they lie in guest memory from ``base`` (16-byte aligned) on; the RSDP is at ``base``."""
+def acpi_tables(base: int, cpus: int = 1) -> bytes:
+    """All tables as they lie in guest memory from ``base`` (16-byte aligned) on; the RSDP is at ``base``.
+
+    ``cpus``: how many there are, at most :data:`lguest_mp.machine.layout.MAX_CPUS`.
+    """
     position = base + 64  # the RSDP's 36 bytes, rounded up
     tables = bytearray(64)
 
@@ -58,7 +61,7 @@ def acpi_tables(base: int) -> bytes:
         return address
 
     dsdt = place(_dsdt())
-    pointers = [place(table) for table in (_fadt(dsdt), _madt(), _spcr())]
+    pointers = [place(table) for table in (_fadt(dsdt), _madt(cpus), _spcr())]
     xsdt = place(_table(b"XSDT", 1, struct.pack(f"<{len(pointers)}Q", *pointers)))
     rsdp = _rsdp(xsdt)
     tables[: len(rsdp)] = rsdp
@@ -123,11 +126,14 @@ def _fadt(dsdt: int) -> bytes:
     return _table(b"FACP", 6, bytes(table))
 
 
-def _madt() -> bytes:
-    """Multiple APIC Description Table (5.2.12): CPU 0, and the I/O APIC whose inputs are the GSIs from 0 on."""
-    local_apic = struct.pack("<BBBBI", 0, 8, 0, 0, _LOCAL_APIC_ENABLED)
+def _madt(cpus: int) -> bytes:
+    """Multiple APIC Description Table (5.2.12): the CPUs, and the I/O APIC whose inputs are the GSIs from 0 on.
+
+    A CPU's number and the ID of its APIC are the same.
+    """
+    local_apics = b"".join(struct.pack("<BBBBI", 0, 8, cpu, cpu, _LOCAL_APIC_ENABLED) for cpu in range(cpus))
     io_apic = struct.pack("<BBBBII", 1, 12, 0, 0, layout.IO_APIC_BASE, 0)
-    return _table(b"APIC", 5, struct.pack("<II", layout.LOCAL_APIC_BASE, 0) + local_apic + io_apic)
+    return _table(b"APIC", 5, struct.pack("<II", layout.LOCAL_APIC_BASE, 0) + local_apics + io_apic)
 
 
 def _spcr() -> bytes:

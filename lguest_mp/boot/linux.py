@@ -80,7 +80,7 @@ def prepare(config: GuestConfig) -> Prepared:
     kernel_file = HostFile("kernel", config.kernel)
     initrd = None if config.initrd is None else HostFile("initrd", config.initrd)
     kernel = read_kernel(kernel_file, low_memory)
-    return Prepared(config.memory, kernel, _command_line(config.arguments, kernel), initrd)
+    return Prepared(config.memory, kernel, _command_line(config.arguments, kernel), initrd, config.cpus)
 
 
 def _check_memory(size: int) -> None:
@@ -115,13 +115,15 @@ class Prepared:
     whoever does not load again lets go of it before forking.
     """
 
-    def __init__(self, memory_size: int, kernel: Kernel, command_line: bytes, initrd: HostFile | None) -> None:
+    def __init__(
+        self, memory_size: int, kernel: Kernel, command_line: bytes, initrd: HostFile | None, cpus: int = 1
+    ) -> None:
         self.kernel = kernel
         self.command_line = command_line
         self._memory_size = memory_size
         self._initrd = initrd
         self._initrd_address = self._place_initrd(initrd) if initrd else 0
-        self._acpi = acpi_tables(ACPI_TABLES)
+        self._acpi = acpi_tables(ACPI_TABLES, cpus)
 
     def _place_initrd(self, initrd: HostFile) -> int:
         """As high as the kernel can reach it, page-aligned: the guest-physical address."""

@@ -574,6 +574,7 @@ class VirtioPciFunction(PciFunction):
                 return False
             self.state = DeviceState.RUNNING
             self._status &= ~DeviceStatus.NEEDS_RESET
+            self._update_shortcuts()
             for index, queue in enumerate(self._queues):
                 if queue.enabled:
                     os.eventfd_write(self._kicks[index], 1)

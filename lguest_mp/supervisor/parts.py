@@ -7,6 +7,7 @@ another instance. :func:`pc` is the machine of a stock kernel, :func:`lguest` th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lguest_mp.jail import User
     from lguest_mp.machine.wiring import DevicePort
     from lguest_mp.memory import GuestMemory
+    from lguest_mp.supervisor.kvm_probe import Probe
     from lguest_mp.virtio.device import Device, QueueLayout
     from lguest_mp.virtio.ledger import Ledger
     from lguest_mp.virtio.queue import Queue
@@ -94,7 +96,7 @@ class Parts:
     ``open_devices`` is told who the workers will be (``--username``; None: who we are).
 
     ``device_memory``: how many bytes of guest memory behind the RAM are for devices. ``machine_files``: what the
-    machine process keeps open for itself.
+    machine process keeps open for itself. ``engine``: what executes the guest, for a person, and why.
     """
 
     read_kernel: Callable[[GuestConfig], Kernel]
@@ -104,19 +106,62 @@ class Parts:
     load_machine: Callable[[], MachineBody]
     device_memory: int = 0
     machine_files: tuple[int, ...] = ()
+    engine: str = "the embedded CPU"
 
 
-def of(config: GuestConfig) -> Parts:
-    """The parts of the machine that ``config`` names, or its kernel is for. LguestError: there is no such guest."""
+def of(config: GuestConfig, probe: Probe | None = None) -> Parts:
+    """The parts of the machine that ``config`` names, or its kernel is for. LguestError: there is no such guest.
+
+    ``probe``: the look at the host's KVM, begun for ``--cpu=auto``; None: KVM is used only if it is asked for.
+    """
     if config.cpu == "lguest":
         if config.machine == "pc":
             raise LguestError("--cpu=lguest runs lguest's own guests only; leave --machine=pc out, or --cpu=lguest")
+        _require_one_cpu(config, "--cpu=lguest")
         return lguest_on_device()
-    if config.machine is not None:
-        return lguest() if config.machine == "lguest" else pc()
+    if _machine(config) == "pc":
+        return _pc(config, probe)
+    if config.cpu == "kvm":
+        raise LguestError("--cpu=kvm runs 64-bit kernels only, and this is a guest of lguest's own; leave --cpu out")
+    if probe is not None:
+        probe.discard()
+    _require_one_cpu(config, "a guest of lguest's own")
+    return lguest()
+
+
+def _machine(config: GuestConfig) -> str:
     from lguest_mp.boot.lguest_kernel import is_for_lguest  # noqa: PLC0415
 
-    return lguest() if is_for_lguest(config.kernel) else pc()
+    return config.machine or ("lguest" if is_for_lguest(config.kernel) else "pc")
+
+
+def _pc(config: GuestConfig, probe: Probe | None) -> Parts:
+    if config.cpu == "kvm":
+        return pc_on_kvm(_open_kvm())
+    if config.cpu != "auto" or probe is None:
+        _require_one_cpu(config, "the embedded CPU")
+        return pc()
+    verdict = probe.verdict()
+    if verdict.file is not None:
+        return pc_on_kvm(verdict.file)
+    _require_one_cpu(config, "the embedded CPU", f"; KVM is not used: {verdict.reason}")
+    return replace(pc(), engine=f"the embedded CPU; KVM is not used: {verdict.reason}")
+
+
+def _require_one_cpu(config: GuestConfig, what: str, why: str = "") -> None:
+    if config.cpus != 1:
+        raise LguestError(f"--cpus={config.cpus}: {what} is one processor; leave --cpus out{why}")
+
+
+def _open_kvm() -> int:
+    from lguest_mp.supervisor.kvm_probe import PATH  # noqa: PLC0415
+
+    try:
+        return os.open(PATH, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise LguestError(
+            f"--cpu=kvm: {PATH}: {error.strerror}; leave --cpu=kvm out, and the embedded CPU runs the guest"
+        ) from error
 
 
 def pc() -> Parts:
@@ -138,6 +183,17 @@ def pc() -> Parts:
     )
 
 
+def pc_on_kvm(file: int) -> Parts:
+    """The same on the host's KVM, which ``file`` is; it sees every store to guest memory itself."""
+    return replace(
+        pc(),
+        make_watches=lambda _memory, _workers: None,
+        load_machine=partial(_load_kvm, file),
+        machine_files=(file,),
+        engine="KVM",
+    )
+
+
 def lguest() -> Parts:
     """A guest of lguest's own, its CPU embedded and its host in software."""
     from lguest_mp.codemap import CodeMap  # noqa: PLC0415
@@ -147,10 +203,12 @@ def lguest() -> Parts:
 
 def lguest_on_device() -> Parts:
     """A guest of lguest's own on the host's ``/dev/lguest``, which is opened here. LguestError if there is none."""
-    from lguest_mp.cpu.dev_lguest import open_device  # noqa: PLC0415
+    from lguest_mp.cpu.dev_lguest import PATH, open_device  # noqa: PLC0415
 
     file = open_device()
-    return replace(_lguest(lambda _memory, _workers: None, partial(_load_device, file)), machine_files=(file,))
+    return replace(
+        _lguest(lambda _memory, _workers: None, partial(_load_device, file)), machine_files=(file,), engine=PATH
+    )
 
 
 def _lguest(
@@ -232,6 +290,12 @@ def _load_pc() -> MachineBody:
 
     repaired_library()  # while there still is a file system to load it from
     return run_machine
+
+
+def _load_kvm(file: int) -> MachineBody:
+    from lguest_mp.machine.kvm_process import run_machine  # noqa: PLC0415
+
+    return partial(run_machine, file)
 
 
 def _load_softhost() -> MachineBody:

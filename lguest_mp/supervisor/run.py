@@ -33,7 +33,7 @@ def run(config: GuestConfig, parts: Parts, grace: float = GRACE) -> Ending:
         Terminal() as screen,
     ):
         while True:
-            _describe(config, resources.devices, reboots, log)
+            _describe(config, parts, resources.devices, reboots, log)
             ending = Guest(resources, naming, signals, screen, restarted, grace).run()
             if not isinstance(ending, Rebooting) or not resources.reboots_in_place:
                 reboot.keep(restarted)
@@ -42,8 +42,11 @@ def run(config: GuestConfig, parts: Parts, grace: float = GRACE) -> Ending:
             reboots += 1
 
 
-def _describe(config: GuestConfig, devices: list[Device], reboots: int, log: Log) -> None:
+def _describe(  # noqa: PLR0917 -- what a guest is
+    config: GuestConfig, parts: Parts, devices: list[Device], reboots: int, log: Log
+) -> None:
     log.say(f"guest {config.name}: {config.memory >> 20} MiB of memory, kernel {config.kernel}", Level.INFO)
+    log.say(f"executed by {parts.engine}", Level.INFO)
     if reboots:
         log.say(f"reboot {reboots}", Level.INFO)
     if config.initrd is not None:
