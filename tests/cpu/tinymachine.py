@@ -1,4 +1,4 @@
-"""A machine of a few bytes around the embedded CPU: flat 64-bit mode, an IDT, ports that are remembered."""
+"""A machine of a few bytes around an engine: flat 64-bit mode, an IDT, ports that are remembered."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from lguest_mp.codemap import CodeMap
-from lguest_mp.cpu.engine import CpuidResult, EntryState
+from lguest_mp.cpu.engine import CpuidResult, Engine, EntryState
 from lguest_mp.cpu.unicorn.engine import UnicornEngine
 from lguest_mp.memory import GuestMemory
 
@@ -75,38 +75,37 @@ class RecordingPlatform:
         return self.interrupts.pop(0) if self.interrupts else None
 
 
-class Machine:
-    """Engine, memory and platform of one test."""
+class TinyMachine:
+    """Memory and platform of one test; the engine is whatever a subclass or the test makes."""
 
     def __init__(self, ram: int = RAM) -> None:
         self.memory = GuestMemory(ram)
         self.platform = RecordingPlatform()
-        self.code_map = CodeMap(self.memory, 0)
-        self.engine = UnicornEngine(self.memory, self.platform, self.code_map)
-        self._tables()
-
-    def _tables(self) -> None:
-        write = self.memory.write
-        # Selectors: 0x10/0x18 kernel code/data, 0x20/0x28/0x30 user code32/data/code64 (SYSRET's order), 0x38 TSS.
-        gdt = [0, 0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF, 0x00CFFB000000FFFF, 0x00CFF3000000FFFF, 0x00AFFB000000FFFF]
-        tss = 0x3000
-        gdt += [0x67 | (tss & 0xFFFFFF) << 16 | 0x89 << 40, 0]
-        write(GDT, struct.pack(f"<{len(gdt)}Q", *gdt))
-        write(tss, struct.pack("<IQ", 0, STACK) + bytes(90) + struct.pack("<H", 0x68))
-        pml4, pdpt, directory = PAGE_TABLES, PAGE_TABLES + 0x1000, PAGE_TABLES + 0x2000
-        write(pml4, struct.pack("<Q", pdpt | 7))
-        low, alias, *others = directory | 7, directory | 7 | 1 << 63, *(page << 30 | 0x83 for page in (2, 3, 4))
-        write(pdpt, struct.pack("<5Q", low, alias, *others))
-        write(directory, b"".join(struct.pack("<Q", page << 21 | 0x87) for page in range(512)))
-        self.idt_limit = 0x1000 - 1
+        write_tables(self.memory)
 
     def set_gate(self, vector: int, handler: int, dpl: int = 0) -> None:
         """An interrupt gate."""
-        low = (handler & 0xFFFF) | 0x10 << 16 | (0x8E | dpl << 5) << 40 | (handler >> 16 & 0xFFFF) << 48
-        self.memory.write(IDT + 16 * vector, struct.pack("<QQ", low, handler >> 32))
+        set_gate(self.memory, vector, handler, dpl)
 
     def load(self, code: bytes, at: int = CODE) -> None:
         self.memory.write(at, code)
+
+    def run_on(self, engine: Engine, at: int = CODE) -> int:
+        """Runs from an address until the guest writes EXIT_PORT; the value it wrote."""
+        engine.enter(EntryState(at, 0, PAGE_TABLES, GDT, 0x47))
+        with pytest.raises(Exit):
+            engine.run()
+        assert self.platform.exit_value is not None
+        return self.platform.exit_value
+
+
+class Machine(TinyMachine):
+    """The same with the embedded CPU."""
+
+    def __init__(self, ram: int = RAM) -> None:
+        super().__init__(ram)
+        self.code_map = CodeMap(self.memory, 0)
+        self.engine = UnicornEngine(self.memory, self.platform, self.code_map)
 
     def kick(self) -> None:
         """As a thread does that sleeps next."""
@@ -120,8 +119,28 @@ class Machine:
 
     def run(self, at: int = CODE) -> int:
         """Runs from an address until the guest writes EXIT_PORT; the value it wrote."""
-        self.engine.enter(EntryState(at, 0, PAGE_TABLES, GDT, 0x47))
-        with pytest.raises(Exit):
-            self.engine.run()
-        assert self.platform.exit_value is not None
-        return self.platform.exit_value
+        return self.run_on(self.engine, at)
+
+
+def write_tables(memory: GuestMemory) -> None:
+    """GDT, TSS and page tables: the first GiB at its own addresses, and once more at ALIAS; 2 to 5 GiB at theirs."""
+    write = memory.write
+    # Selectors: 0x10/0x18 kernel code/data, 0x20/0x28/0x30 user code32/data/code64 (SYSRET's order), 0x38 TSS.
+    gdt = [0, 0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF, 0x00CFFB000000FFFF, 0x00CFF3000000FFFF, 0x00AFFB000000FFFF]
+    tss = 0x3000
+    gdt += [0x67 | (tss & 0xFFFFFF) << 16 | 0x89 << 40, 0]
+    write(GDT, struct.pack(f"<{len(gdt)}Q", *gdt))
+    write(tss, struct.pack("<IQ", 0, STACK) + bytes(90) + struct.pack("<H", 0x68))
+    pml4, pdpt, directory = PAGE_TABLES, PAGE_TABLES + 0x1000, PAGE_TABLES + 0x2000
+    write(pml4, struct.pack("<Q", pdpt | 7))
+    # Not every host's processor has pages of 1 GiB.
+    others = {gib: directory + 0x1000 * (gib - 1) for gib in (2, 3, 4)}
+    write(pdpt, struct.pack("<5Q", directory | 7, directory | 7 | 1 << 63, *(table | 7 for table in others.values())))
+    for gib, table in {0: directory, **others}.items():
+        write(table, b"".join(struct.pack("<Q", gib << 30 | page << 21 | 0x87) for page in range(512)))
+
+
+def set_gate(memory: GuestMemory, vector: int, handler: int, dpl: int = 0) -> None:
+    """An interrupt gate."""
+    low = (handler & 0xFFFF) | 0x10 << 16 | (0x8E | dpl << 5) << 40 | (handler >> 16 & 0xFFFF) << 48
+    memory.write(IDT + 16 * vector, struct.pack("<QQ", low, handler >> 32))

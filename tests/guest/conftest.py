@@ -1,4 +1,8 @@
-"""Real guests for tests: a stock Debian kernel under the ``lguest`` command, with an agent in it that does as told."""
+"""Real guests for tests: a stock Debian kernel under the ``lguest`` command, with an agent in it that does as told.
+
+The embedded CPU executes them, whatever the host has: ``$LGUEST_TEST_ENGINE`` is what the launcher is told instead, for
+example ``--cpu=kvm --cpus=2``.
+"""
 
 from __future__ import annotations
 
@@ -43,15 +47,21 @@ def initrd_with_tools(initrd: Path, kit: GuestKit) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def engine() -> list[str]:
+    """The launcher's options that say what executes the guests."""
+    return os.environ.get("LGUEST_TEST_ENGINE", "--cpu=unicorn").split()
+
+
 @pytest.fixture
-def launch(kit: GuestKit, request: pytest.FixtureRequest) -> Iterator[Launch]:
+def launch(kit: GuestKit, engine: list[str], request: pytest.FixtureRequest) -> Iterator[Launch]:
     """Starts guests, all of which are gone after the test."""
     with ExitStack() as guests:
 
         def start(*options: str, tools: bool = False, **others: Any) -> Guest:
             others.setdefault("kernel", kit.kernel.image)
             others.setdefault("initrd", request.getfixturevalue("initrd_with_tools" if tools else "initrd"))
-            return guests.enter_context(Guest(options=options, **others))
+            return guests.enter_context(Guest(options=(*engine, *options), **others))
 
         yield start
 
