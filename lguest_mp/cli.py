@@ -189,7 +189,7 @@ def _memory(text: str) -> int:
 
 
 def _count(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or not 0 < int(text[:_MEMORY_DIGITS]) <= MAX_CPUS:
+    if not text.isascii() or not text.isdecimal() or not 0 < int(text[:4]) <= MAX_CPUS:
         raise LguestError(f"--cpus={text}: a guest has 1 to {MAX_CPUS} processors")
     return int(text)
 
@@ -236,7 +236,7 @@ def _launch(config: GuestConfig) -> int:
     from lguest_mp.supervisor import kvm_probe  # noqa: PLC0415 -- --help needs none of it
 
     _open_standard_files()
-    probe = kvm_probe.start() if config.cpu == "auto" else None  # it looks while we import what takes longer
+    probe = kvm_probe.start() if config.cpu in {"auto", "kvm"} else None  # it looks while we import what takes longer
     from lguest_mp.supervisor import parts, run  # noqa: PLC0415
 
     return conclude(run.run(config, parts.of(config, probe)))

@@ -51,6 +51,19 @@ def test_everything_at_once() -> None:
     )
 
 
+def test_the_engine_is_the_hosts_choice_unless_it_is_named() -> None:
+    assert cli.parse(["256", "vmlinuz"]).cpu == "auto"
+    assert [cli.parse([f"--cpu={cpu}", "256", "vmlinuz"]).cpu for cpu in ("kvm", "unicorn")] == ["kvm", "unicorn"]
+
+
+def test_how_many_processors() -> None:
+    assert cli.parse(["256", "vmlinuz"]).cpus == 1
+    assert cli.parse(["--cpus=255", "256", "vmlinuz"]).cpus == 255
+    for nonsense in ("0", "256", "-1", "two", "", "2.5", "99999999999999999999"):
+        with pytest.raises(LguestError, match="a guest has 1 to 255 processors"):
+            cli.parse([f"--cpus={nonsense}", "256", "vmlinuz"])
+
+
 def test_the_machine_is_the_kernels_choice_unless_it_is_named() -> None:
     assert cli.parse(["256", "vmlinuz"]).machine is None
     assert cli.parse(["256", "vmlinuz", "--machine=pc"]).machine == "pc"

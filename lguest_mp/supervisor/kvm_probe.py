@@ -17,10 +17,18 @@ PATH = "/dev/kvm"
 
 @dataclass(frozen=True)
 class Verdict:
-    """``file``: the opened device, close-on-exec, for whoever asked; or ``reason``, why it is not to be used."""
+    """``file``: the opened device, close-on-exec, for whoever asked; None: it cannot be opened.
+
+    ``reason``: why it is not to be used for a stock kernel; empty: it is.
+    """
 
     file: int | None
     reason: str = ""
+
+    def discard(self) -> None:
+        """Closes the device."""
+        if self.file is not None:
+            os.close(self.file)
 
 
 class Probe:
@@ -39,15 +47,7 @@ class Probe:
         with os.fdopen(self._answer, "rb") as answer:
             said = answer.read().decode(errors="replace")
         _, status = os.waitpid(self._child, 0)
-        if status == 0 and not said:
-            return Verdict(self._file)
-        os.close(self._file)
-        return Verdict(None, said or "a look at it failed")
-
-    def discard(self) -> None:
-        """Ends it: nobody wants to know."""
-        if (file := self.verdict().file) is not None:
-            os.close(file)
+        return Verdict(self._file, said if status == 0 else "a look at it failed")
 
 
 def start() -> Probe:

@@ -7,13 +7,13 @@ another instance. :func:`pc` is the machine of a stock kernel, :func:`lguest` th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lguest_mp.errors import LguestError
+from lguest_mp.supervisor.log import say
 
 if TYPE_CHECKING:
     import socket
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lguest_mp.jail import User
     from lguest_mp.machine.wiring import DevicePort
     from lguest_mp.memory import GuestMemory
-    from lguest_mp.supervisor.kvm_probe import Probe
+    from lguest_mp.supervisor.kvm_probe import Probe, Verdict
     from lguest_mp.virtio.device import Device, QueueLayout
     from lguest_mp.virtio.ledger import Ledger
     from lguest_mp.virtio.queue import Queue
@@ -112,19 +112,20 @@ class Parts:
 def of(config: GuestConfig, probe: Probe | None = None) -> Parts:
     """The parts of the machine that ``config`` names, or its kernel is for. LguestError: there is no such guest.
 
-    ``probe``: the look at the host's KVM, begun for ``--cpu=auto``; None: KVM is used only if it is asked for.
+    ``probe``: the look at the host's KVM, begun for a CPU that may be it; None: it is not used.
     """
     if config.cpu == "lguest":
         if config.machine == "pc":
             raise LguestError("--cpu=lguest runs lguest's own guests only; leave --machine=pc out, or --cpu=lguest")
         _require_one_cpu(config, "--cpu=lguest")
         return lguest_on_device()
+    kvm = None if probe is None else probe.verdict()
     if _machine(config) == "pc":
-        return _pc(config, probe)
+        return _pc(config, kvm)
+    if kvm is not None:
+        kvm.discard()
     if config.cpu == "kvm":
         raise LguestError("--cpu=kvm runs 64-bit kernels only, and this is a guest of lguest's own; leave --cpu out")
-    if probe is not None:
-        probe.discard()
     _require_one_cpu(config, "a guest of lguest's own")
     return lguest()
 
@@ -135,33 +136,27 @@ def _machine(config: GuestConfig) -> str:
     return config.machine or ("lguest" if is_for_lguest(config.kernel) else "pc")
 
 
-def _pc(config: GuestConfig, probe: Probe | None) -> Parts:
-    if config.cpu == "kvm":
-        return pc_on_kvm(_open_kvm())
-    if config.cpu != "auto" or probe is None:
+def _pc(config: GuestConfig, kvm: Verdict | None) -> Parts:
+    """On KVM if that is good, or there and asked for; else on the embedded CPU."""
+    if kvm is None:
         _require_one_cpu(config, "the embedded CPU")
         return pc()
-    verdict = probe.verdict()
-    if verdict.file is not None:
-        return pc_on_kvm(verdict.file)
-    _require_one_cpu(config, "the embedded CPU", f"; KVM is not used: {verdict.reason}")
-    return replace(pc(), engine=f"the embedded CPU; KVM is not used: {verdict.reason}")
+    if config.cpu == "kvm":
+        if kvm.file is None:
+            raise LguestError(f"--cpu=kvm: {kvm.reason}; leave it out, and the embedded CPU runs the guest")
+        if kvm.reason:
+            say(f"--cpu=kvm: {kvm.reason}; a stock kernel will not come up")
+        return pc_on_kvm(kvm.file)
+    if kvm.file is not None and not kvm.reason:
+        return pc_on_kvm(kvm.file)
+    kvm.discard()
+    _require_one_cpu(config, "the embedded CPU", f"; KVM is not used: {kvm.reason}")
+    return replace(pc(), engine=f"the embedded CPU; KVM is not used: {kvm.reason}")
 
 
 def _require_one_cpu(config: GuestConfig, what: str, why: str = "") -> None:
     if config.cpus != 1:
         raise LguestError(f"--cpus={config.cpus}: {what} is one processor; leave --cpus out{why}")
-
-
-def _open_kvm() -> int:
-    from lguest_mp.supervisor.kvm_probe import PATH  # noqa: PLC0415
-
-    try:
-        return os.open(PATH, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise LguestError(
-            f"--cpu=kvm: {PATH}: {error.strerror}; leave --cpu=kvm out, and the embedded CPU runs the guest"
-        ) from error
 
 
 def pc() -> Parts:

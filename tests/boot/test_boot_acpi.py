@@ -103,6 +103,19 @@ def test_the_madt_has_one_cpu_and_one_io_apic() -> None:
     )
 
 
+@pytest.mark.parametrize("cpus", [2, 255])
+def test_the_madt_has_as_many_cpus_as_there_are(cpus: int) -> None:
+    found = acpi_tables(BASE, cpus)
+    start = found.index(b"APIC")
+    (length,) = struct.unpack_from("<I", found, start + 4)
+    madt = found[start : start + length]
+    assert sum(madt) % 256 == 0
+    assert [struct.unpack_from("<BBBBI", madt, 44 + 8 * cpu) for cpu in range(cpus)] == [
+        (0, 8, cpu, cpu, 1) for cpu in range(cpus)
+    ]
+    assert madt[44 + 8 * cpus] == 1  # then comes the I/O APIC
+
+
 def test_the_spcr_tells_of_the_serial_port() -> None:
     spcr = tables()["SPCR"]
     assert (len(spcr), spcr[8], spcr[36]) == (80, 2, 0)

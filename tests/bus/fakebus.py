@@ -83,17 +83,44 @@ class FakeInterrupts:
         self.asserted = asserted
 
 
+@dataclass
+class FakeShortcuts:
+    """Remembers which there are, by queue."""
+
+    lock: Lock
+    notifications: dict[int, int] = field(default_factory=dict)
+    interrupts: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def notify_at(self, queue: int, address: int | None) -> None:
+        assert self.lock.locked()
+        self.notifications.pop(queue, None)
+        if address is not None:
+            self.notifications[queue] = address
+
+    def interrupt_by(self, queue: int, message: tuple[int, int] | None) -> None:
+        assert self.lock.locked()
+        self.interrupts.pop(queue, None)
+        if message is not None:
+            self.interrupts[queue] = message
+
+
 class Rig:
     """One device in slot 1, and everything around it."""
 
     def __init__(self, device: Device | None = None) -> None:
         self.lock = Lock()
+        self.shortcuts = FakeShortcuts(self.lock)
         self.interrupts = FakeInterrupts(self.lock)
         self.control = FakeControl()
         self.device = device or FakeDevice()
         self.kicks = [os.eventfd(0, os.EFD_NONBLOCK) for _ in self.device.queue_names]
         self.function = VirtioPciFunction(
-            self.device, self.kicks, lock=self.lock, interrupts=self.interrupts, control=self.control
+            self.device,
+            self.kicks,
+            lock=self.lock,
+            interrupts=self.interrupts,
+            control=self.control,
+            shortcuts=self.shortcuts,
         )
         self.bus = PciBus([self.function], window_first=WINDOW, window_last=0xFEBF_FFFF, interrupt_pin=16)
 

@@ -64,7 +64,7 @@ def judge(fd: int) -> str | None:
         kvm = Kvm(fd)
         missing = [capability.name for capability in NEEDED if not kvm.check(capability)]
         if missing:
-            return f"its KVM has no {', '.join(missing)}; Linux 4.12 has"
+            return f"it has no {', '.join(missing)}; Linux 4.12 has"
         return _try(kvm)
     except LguestError as error:
         return str(error)
@@ -92,12 +92,12 @@ def _try(kvm: Kvm) -> str | None:
 
 def _verdict(vcpu: Vcpu, *, finished: bool) -> str | None:
     if not finished:
-        return "its KVM interprets guest kernels instead of running them (it took too long)"
+        return "it interprets guest kernels instead of running them, which takes too long"
     (reason,) = Run.EXIT_REASON.unpack_from(vcpu.state)
     if reason == Exit.IO and Run.PORT.unpack_from(vcpu.state, Run.UNION)[2] == _LAST_WORD:
         return None
     rip = vcpu.get_registers().rip
-    return f"its KVM interprets guest kernels, and not all of their instructions (exit {reason} at {rip - _CODE:#x})"
+    return f"it interprets guest kernels, and lacks instructions of theirs (exit {reason} at {rip - _CODE:#x})"
 
 
 def _fill(memory: mmap.mmap) -> None:
