@@ -8,6 +8,7 @@ from pathlib import Path
 
 from guestkit.initramfs import build_initramfs
 from guestkit.kernel import Kernel
+from guestkit.nested import Qemu, build_nested
 from guestkit.packages import Packages
 from guestkit.progress import SetupError
 from guestkit.slirp import Slirp
@@ -45,11 +46,20 @@ class GuestKit:
         """slirp4netns, which --net=user takes."""
         return Slirp(self._packages, self.cache / "programs")
 
+    @cached_property
+    def qemu(self) -> Qemu:
+        """QEMU, for machines with KVM where there is none."""
+        return Qemu(self._packages)
+
+    def nested_initramfs(self, checkout: Path) -> bytes:
+        """The initramfs of such a machine, with the checkout in it."""
+        return build_nested(self.initramfs("agent", ["kvm_amd"]), self.kernel, self.busybox, checkout)
+
     def initramfs(self, script: str, further_modules: Sequence[str] = ()) -> bytes:
         """An initramfs whose first process is ``init/<script>.sh``."""
         return build_initramfs(self.kernel, self.busybox, script, further_modules)
 
     def fetch(self) -> None:
         """Fetches all of it now."""
-        for part in (self.kernel, self.busybox, self.sysroot, self.slirp.directory):
+        for part in (self.kernel, self.busybox, self.sysroot, self.slirp.directory, self.qemu.command):
             assert part

@@ -76,7 +76,7 @@ class NestedMachine(Session):
     """A running machine with KVM; commands are given to its agent."""
 
     def __init__(self, qemu: Qemu, kernel: Kernel, initrd: Path, cpus: int = 2, memory: int = 2048) -> None:
-        """``initrd``: what :func:`build` makes; ``memory`` in MiB."""
+        """``initrd``: what :func:`build_nested` makes; ``memory`` in MiB."""
         command = [*qemu.command, "-accel", "tcg,thread=multi", "-M", "pc", "-cpu", "qemu64,+svm,+npt,+x2apic"]
         command += ["-m", str(memory), "-smp", str(cpus), "-nodefaults", "-no-reboot", "-display", "none"]
         command += ["-serial", "stdio", "-kernel", str(kernel.image), "-initrd", str(initrd)]
@@ -95,7 +95,7 @@ class NestedMachine(Session):
         return self.agent.run(command, seconds)
 
 
-def build(initramfs: bytes, kernel: Kernel, busybox: Path, checkout: Path) -> bytes:
+def build_nested(initramfs: bytes, kernel: Kernel, busybox: Path, checkout: Path) -> bytes:
     """The machine's initramfs; ``initramfs`` is one with the agent and the module kvm_amd."""
     archive = CpioArchive()
     libraries: dict[str, Path] = {}
