@@ -5,13 +5,16 @@ Only where ``$LGUEST_TEST_ENGINE`` has ``--cpu=kvm``; ``tests/nested`` runs thes
 
 from __future__ import annotations
 
+import hashlib
 import os
+import random
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from guestkit.disk import MIB
 from guestkit.guest import Guest, Launch
 from guestkit.session import SessionError
 
@@ -83,6 +86,23 @@ def test_a_processor_that_goes_takes_no_interrupt_with_it(launch: Launch, disk: 
         "for i in 1 2 3; do for on in 0 1; do echo $on >/sys/devices/system/cpu/cpu1/online; "
         "dd if=/dev/vda of=/dev/null bs=4k count=20 iflag=direct 2>/dev/null; done; done"
     )
+    guest.power_off()
+
+
+def test_a_killed_worker_is_replaced_and_the_guest_does_not_notice(launch: Launch, disk: Path) -> None:
+    """The new one takes over the eventfds, which are KVM's, with whatever was in them."""
+    content = random.Random(6).randbytes(4 * MIB)
+    disk.write_bytes(content)
+    guest = launch(f"--block={disk}")
+    guest.boot()
+    number = guest.agent.start(
+        "for i in 1 2 3 4 5 6; do dd if=/dev/vda bs=4k iflag=direct 2>/dev/null | sha256sum; done"
+    )
+    for _ in range(2):
+        guest.wait_for(r"^[0-9a-f]{64} ")
+        os.kill(guest.members()["block0/requestq"], signal.SIGKILL)
+        guest.wait_for("block0/requestq was killed by SIGKILL; it is restarted")
+    assert guest.agent.finish(number).count(hashlib.sha256(content).hexdigest()) >= 3
     guest.power_off()
 
 

@@ -39,7 +39,7 @@ ONCE = (
     "test_guest_life.py::test_a_panic_that_the_launcher_hears_of",
     "test_guest_life.py::test_the_machines_death_is_the_guests",
 )
-WITH_A_KILLED_WORKER = "test_guest_life.py::test_a_workers_death_ends_the_guest_and_is_told[block0/requestq]"
+WITH_A_KILLED_WORKER = "test_guest_life.py::test_a_workers_death_ends_the_guest_if_the_user_wants_it[block0/requestq]"
 
 
 @pytest.fixture(scope="module")
