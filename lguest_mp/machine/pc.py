@@ -102,7 +102,9 @@ class Pc:
         self._local_apics = local_apics
         self._io_apic = IoApic(lock, local_apics)
         attached = console_line(devices)
-        self._output = StandardOutput(output_fd, self._loop, None if attached is None else attached.writer(Track.SERIAL))
+        self._output = StandardOutput(
+            output_fd, self._loop, None if attached is None else attached.writer(Track.SERIAL)
+        )
         self._serial = SerialPort(lock, self._output, lambda line: self._io_apic.set_line(SERIAL_IRQ, line))
         self._output.on_idle = self._serial.idle
         inputs = [input_fd, None if attached is None else attached.keys]

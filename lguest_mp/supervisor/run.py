@@ -42,9 +42,7 @@ def run(config: GuestConfig, parts: Parts, grace: float = GRACE) -> Ending:
             reboots += 1
 
 
-def _describe(  # noqa: PLR0917 -- what a guest is
-    config: GuestConfig, parts: Parts, devices: list[Device], reboots: int, log: Log
-) -> None:
+def _describe(config: GuestConfig, parts: Parts, devices: list[Device], reboots: int, log: Log) -> None:
     log.say(f"guest {config.name}: {config.memory >> 20} MiB of memory, kernel {config.kernel}", Level.INFO)
     log.say(f"executed by {parts.engine}", Level.INFO)
     if reboots:
