@@ -28,6 +28,7 @@ from lguest_mp.jail import User
 from lguest_mp.machine.wiring import DevicePort
 from lguest_mp.memory import GuestMemory
 from lguest_mp.protocol import DeviceReset, DriverReady, QueueReady, QueueReset
+from lguest_mp.supervisor.loop import is_readable
 from lguest_mp.supervisor.parts import MachineBody, Parts
 from lguest_mp.supervisor.run import run
 from lguest_mp.virtio import ledger
@@ -153,7 +154,11 @@ class Machine:
         self.ask(DriverReady(device, FEATURES, (LAYOUT,) * len(self.devices[device].kicks)))
 
     def order(self, device: int, queue: int, order: Order) -> None:
-        os.eventfd_write(self.devices[device].kicks[queue], order)
+        """Tells a worker what to do; not before the last order was read, since they would add up."""
+        kick = self.devices[device].kicks[queue]
+        while is_readable(kick):
+            time.sleep(0.001)
+        os.eventfd_write(kick, order)
 
     def answer(self, device: int, queue: int) -> int:
         return os.eventfd_read(self.devices[device].calls[queue])
