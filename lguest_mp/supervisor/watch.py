@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 #: How often (seconds) is looked at the most, and how many looks a worker gets before it is stuck.
 _LONGEST_INTERVAL = 5.0
 _LOOKS = 4
+#: How late (seconds) a look may be because the host is busy, and not because we were stopped.
+_BUSY = 1.0
 #: A process that computes for so much of the time spins.
 _SPINNING = 0.5
 
@@ -68,7 +70,7 @@ class Watch:
 
     def _look(self) -> None:
         now = time.monotonic()
-        if now - self._last > 2 * self._interval:
+        if now - self._last > 2 * self._interval + _BUSY:
             self._suspicions.clear()
         self._last = now
         before, self._suspicions = self._suspicions, {}
