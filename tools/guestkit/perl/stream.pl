@@ -49,12 +49,15 @@ if ($verb eq "send") {
     send_all($base ^ (pack("N", $_) x (CHUNK / 4))) for 1 .. $mebibytes * 16 - 1;
     shutdown($connection, 1);
     # The other side closes when it has all.
-    sysread($connection, $base, 1) == 0 or die "the other side is not done: $!\n";
+    my $read = sysread($connection, $base, 1);
+    defined $read && $read == 0 or die "the other side was not content: $!\n";
 } else {
     $base = receive_all();
     for my $number (1 .. $mebibytes * 16 - 1) {
         receive_all() eq ($base ^ (pack("N", $number) x (CHUNK / 4))) or die "the 64 KiB number $number are wrong\n";
     }
-    sysread($connection, $base, 1) == 0 or die "more came than was sent\n";
+    my $read = sysread($connection, $base, 1);
+    defined $read or die "read: $!\n";
+    $read == 0 or die "more came than was sent\n";
 }
 print "$mebibytes MiB\n";
