@@ -6,8 +6,8 @@ ledger (what it does, how much it has completed), by its notifications that nobo
 parent of children that are stopped. What it is that it does instead is asked of psutil, for the person who reads it.
 
 Waiting is not working: a worker that waits for its driver, for a key to be typed, for a frame, or for a terminal to
-take output, may do so for ever. One that is *stopped* while it waits for the host is stuck all the same, since nothing
-that comes can wake it.
+take output, may do so for ever. One that is *stopped* meanwhile is stuck all the same: nothing that comes can wake it,
+and something may have come already, between its waking up and its saying so.
 
 The supervisor may have been stopped itself, with everybody else or alone. Then all is forgotten and begins anew.
 """
@@ -33,8 +33,6 @@ _LONGEST_INTERVAL = 5.0
 _LOOKS = 4
 #: How late (seconds) a look may be because the host is busy, and not because we were stopped.
 _BUSY = 1.0
-#: A process that computes for so much of the time spins.
-_SPINNING = 0.5
 
 
 @dataclass
@@ -92,17 +90,14 @@ class Watch:
             before.cpu_time = processes.look_at(each.child.name, each.child.pid).seconds
         elif now - before.since >= self._patience:
             del self._suspicions[each]
-            self._found(each, _describe(each, before, now, self._interval))
+            self._found(each, _describe(each, before))
 
 
 def _has_work(each: Worker) -> bool:
-    match each.post.account.account().phase:
-        case Phase.SERVING:
-            return True
-        case Phase.IDLE:
-            return is_readable(each.post.kick)
-        case Phase.WAITING:
-            return _is_stopped(each)
+    phase = each.post.account.account().phase
+    if phase is Phase.SERVING or (phase is Phase.IDLE and is_readable(each.post.kick)):
+        return True
+    return _is_stopped(each)
 
 
 def _is_stopped(each: Worker) -> bool:
@@ -111,15 +106,17 @@ def _is_stopped(each: Worker) -> bool:
     return told is not None
 
 
-def _describe(each: Worker, suspicion: _Suspicion, now: float, interval: float) -> str:
+def _describe(each: Worker, suspicion: _Suspicion) -> str:
     """What a stuck worker does, in words that continue "it"."""
     if _is_stopped(each):
         return "is stopped by a signal"
     seen = processes.look_at(each.child.name, each.child.pid)
-    if seen.state == "disk-sleep":
-        return "is blocked in the host, which does not answer (uninterruptible sleep)"
-    if seen.seconds is not None and suspicion.cpu_time is not None:
-        used = seen.seconds - suspicion.cpu_time
-        if used >= _SPINNING * (now - suspicion.since - interval):
-            return f"spins, with {used:.0f} s of CPU time"
-    return "hangs" if seen.state is None else f"hangs ({seen.state})"
+    used = "" if seen.seconds is None else f", with {seen.seconds - (suspicion.cpu_time or 0.0):.1f} s of CPU time"
+    match seen.state:
+        case "disk-sleep":
+            return "is blocked in the host, which does not answer (uninterruptible sleep)"
+        case "running":
+            return f"spins{used}"
+        case None:
+            return "hangs"
+    return f"hangs ({seen.state}{used})"

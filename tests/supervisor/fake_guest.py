@@ -20,6 +20,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
+
 from lguest_mp import cli, protocol
 from lguest_mp.config import GuestConfig
 from lguest_mp.cpu.engine import EntryState
@@ -460,6 +462,8 @@ def gets_stuck(machine: Machine) -> None:
             time.sleep(1)
             assert not is_gone(pid), "waiting is not being stuck"
         os.kill(pid, signal.SIGSTOP)
+        while psutil.Process(pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.001)
         machine.order(BLOCK, 0, Order.TELL_PID)
         while not is_gone(pid):
             time.sleep(0.01)
