@@ -49,6 +49,7 @@ from lguest_mp.network import fragments
 from lguest_mp.network.wire import Wire, WireGone
 from lguest_mp.supervisor import children
 from lguest_mp.supervisor.log import say
+from lguest_mp.supervisor.notify import environment_of_others
 from lguest_mp.virtio import vectors
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ class UserNetwork(Wire):
             _put_on_leash(leash)
             if prctl.die_with_parent(parent):
                 os.set_inheritable(ready, True)
-                os.execv(self._program, [self._title, *self._arguments(ready)])
+                os.execve(self._program, [self._title, *self._arguments(ready)], environment_of_others())
         except OSError as error:
             os.write(2, f"{self._program}: {error.strerror}\n".encode())
         return os.EX_UNAVAILABLE

@@ -11,6 +11,7 @@ One chapter each, in the order in which a guest lives through them:
   those that are stuck;
 - ``ending``: the ways in which it ends, with the line and the exit status of each;
 - ``reboot``: starting afresh, by exec or in place;
+- ``notify``: words to the service manager that started us; ``service``: which, and when;
 - ``processes``: what psutil sees of all this;
 - ``log``, ``complaints``, ``stderr``: what is said, by us and by our children, and showing it without ever waiting;
 - ``run``: all of it, once.

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from lguest_mp.supervisor.children import Child, Naming
     from lguest_mp.supervisor.ending import Ending
     from lguest_mp.supervisor.resources import Resources
+    from lguest_mp.supervisor.service import Service
     from lguest_mp.supervisor.signals import Signals
     from lguest_mp.terminal import Terminal
     from lguest_mp.virtio.device import Device
@@ -69,6 +70,7 @@ class Guest:
         naming: Naming,
         signals: Signals,
         screen: Terminal,
+        service: Service,
         restarted: dict[str, int] | None = None,
         grace: float = GRACE,
     ) -> None:
@@ -78,6 +80,7 @@ class Guest:
         self._naming = naming
         self._signals = signals
         self._screen = screen
+        self._service = service
         self._grace = grace
         self._life = Life.STARTING
         self._ending: Ending | None = None
@@ -97,6 +100,7 @@ class Guest:
             try:
                 entry = self._start()
                 while self._ending is None:
+                    self._service.look(self._devices)
                     self._step(entry)
                 self._verbose_table()
                 return self._ending
@@ -111,6 +115,7 @@ class Guest:
         from lguest_mp.machine.wiring import DevicePort  # noqa: PLC0415 -- 10 ms
 
         self._loop = self._opened.enter_context(Loop())
+        self._service.begin(self._loop)
         self._requests, self._machine_requests = self._channel_pair()
         self._events, self._machine_events = self._channel_pair()
         self._ports = [
@@ -226,6 +231,7 @@ class Guest:
         """The guest ends; the first reason counts."""
         if self._ending is None:
             self._ending = how
+            self._service.end(how)
 
     # ---- The machine ----
 

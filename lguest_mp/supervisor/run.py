@@ -10,7 +10,9 @@ from lguest_mp.supervisor.children import Naming
 from lguest_mp.supervisor.ending import Rebooting
 from lguest_mp.supervisor.guest import GRACE, Guest
 from lguest_mp.supervisor.log import Level, Log
+from lguest_mp.supervisor.notify import Notifier
 from lguest_mp.supervisor.resources import open_all
+from lguest_mp.supervisor.service import Service
 from lguest_mp.supervisor.signals import Signals
 from lguest_mp.supervisor.stderr import StandardError
 from lguest_mp.terminal import Terminal
@@ -28,13 +30,14 @@ def run(config: GuestConfig, parts: Parts, grace: float = GRACE) -> Ending:
     naming = Naming(config.name)
     with (
         closing(Log(StandardError(), verbose=config.verbose)) as log,
+        Service(Notifier()) as service,
         closing(open_all(config, parts, log)) as resources,
         Signals() as signals,
         Terminal() as screen,
     ):
         while True:
             _describe(config, parts, resources.devices, reboots, log)
-            ending = Guest(resources, naming, signals, screen, restarted, grace).run()
+            ending = Guest(resources, naming, signals, screen, service, restarted, grace).run()
             if not isinstance(ending, Rebooting) or not resources.reboots_in_place:
                 reboot.keep(restarted)
                 return ending

@@ -459,6 +459,18 @@ def test_it_has_no_files_of_ours(plug: Plug) -> None:
     assert all(target.startswith(("socket:", "pipe:")) for target in targets.values())
 
 
+def test_it_does_not_speak_for_the_service_that_it_is_part_of(start: Plug, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", "/no/such/socket")
+    monkeypatch.setenv("WATCHDOG_USEC", "1000000")
+    network = start()
+    network.connect()
+    assert network.helper is not None
+    variables = Path(f"/proc/{network.helper.pid}/environ").read_bytes().split(b"\0")
+    names = {each.partition(b"=")[0] for each in variables}
+    assert b"PATH" in names
+    assert not names & {b"NOTIFY_SOCKET", b"WATCHDOG_USEC", b"WATCHDOG_PID"}
+
+
 def test_the_terminals_signals_do_not_reach_it(plug: Plug) -> None:
     program = program_of(plug())
     assert os.getpgid(program.pid) == program.pid

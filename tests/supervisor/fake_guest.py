@@ -519,6 +519,24 @@ def echo(machine: Machine) -> None:
             time.sleep(0.01)
 
 
+def by_keys(machine: Machine) -> None:
+    """Does as typed: the next device's driver comes up, or the first disk's worker crashes, or an end."""
+    say("up")
+    drivers = iter((CONSOLE, BLOCK, STUBBORN))
+    while True:
+        match os.read(0, 1):
+            case b"d":
+                machine.make_ready(next(drivers))
+            case b"c":
+                _crash(machine, Order.CRASH)
+            case b"b":
+                machine.order(BLOCK, 0, Order.BREAK_STANDARD)
+            case b"r":
+                machine.tell(protocol.Reboot())
+            case b"q":
+                machine.tell(protocol.PowerOff())
+
+
 # ---- Scenarios: reboots ----
 
 
@@ -557,7 +575,7 @@ SCENARIOS: dict[str, Callable[[Machine], None]] = {
         *(queue_of_a_reset_device, an_answer_of_its_own, ready_again),
         *(crashes, crashes_too_often, crashes_in_a_loop, gets_stuck),
         *(log, resets, resets_under_load, resets_of_nothing, queue_resets, stubborn_worker),
-        *(stubborn_worker_at_the_end, broken_device, files, who, sizes, echo, reboots, reboots_in_place),
+        *(stubborn_worker_at_the_end, broken_device, files, who, sizes, echo, by_keys, reboots, reboots_in_place),
     )
 } | {f"worker_{order.name.lower()}": _order_block(order) for order in Order}
 
