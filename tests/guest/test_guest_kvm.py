@@ -67,6 +67,13 @@ def interrupts_of_disk(guest: Guest) -> int:
     return sum(int(word) for word in line[1:] if word.isdecimal())
 
 
+def test_a_kvm_that_can_is_used_without_being_asked_for(launch: Launch) -> None:
+    guest = launch("--cpu=auto", "--verbose")
+    guest.wait_for(r"executed by KVM\r*\n")
+    guest.boot()
+    guest.power_off()
+
+
 def test_a_guest_has_the_processors_that_it_was_given(launch: Launch, cpus: int) -> None:
     guest = launch()
     guest.boot()
@@ -118,7 +125,7 @@ def test_a_triple_fault_is_told_with_the_registers(launch: Launch) -> None:
     guest.boot()
     guest.agent.start("echo b >/proc/sysrq-trigger")
     assert guest.wait() == 3
-    assert "triple fault at RIP 0x" in guest.output
+    assert "the guest died: triple fault" in guest.output
     assert "CR3 0x" in guest.output
 
 

@@ -49,6 +49,8 @@ from lguest_mp.memory import PAGE_SIZE, GuestMemory
 #: Gets a thread out of KVM. No real-time signal: those queue up, and there is an end to how many.
 KICK = signal.SIGUSR2
 _SIZES = frozenset({1, 2, 4, 8})
+#: Where a processor is after a reset (SDM 3A, 9.1.1).
+_RESET_RIP = 0xFFF0
 _FULL = 0xFFFF_FFFF_FFFF_FFFF
 
 
@@ -244,10 +246,12 @@ class KvmEngine(Engine):
 
 def _why(vcpu: Vcpu, reason: int) -> str:
     """Why the guest cannot go on, in one line."""
-    place = f"at RIP {vcpu.get_registers().rip:#x}"
+    rip = vcpu.get_registers().rip
+    place = f"at RIP {rip:#x}"
     match reason:
         case Exit.SHUTDOWN:
-            return f"triple fault {place}"
+            # On processors of AMD's KVM resets it before it tells, and nobody knows where it was.
+            return "triple fault" if rip == _RESET_RIP else f"triple fault {place}"
         case Exit.FAIL_ENTRY:
             (code,) = Run.HARDWARE.unpack_from(vcpu.state, Run.UNION)
             return f"the host's processor does not enter the guest ({code:#x}) {place}"
