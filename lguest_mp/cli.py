@@ -39,7 +39,7 @@ Options, anywhere before '--':
                       the same as --net=tap,ip=<ip> or --net=tap,bridge=<name>
   --username=<user>   become this user before the guest runs (as root)
   --chroot=<dir>      make this the root directory before the guest runs (as root)
-  --name=<name>       what to call the guest in 'ps'; otherwise the process ID
+  --name=<name>       what to call the guest in 'ps' and 'lguestctl'; otherwise the process ID
   --cpu=<engine>      what executes the guest: kvm, the host's /dev/kvm; unicorn, the embedded CPU; lguest, the host's
                       /dev/lguest; auto, the default: KVM where it can run a stock kernel, the embedded CPU elsewhere
   --cpus=<n>          how many processors the guest has (on KVM)
@@ -70,10 +70,6 @@ _OPTIONS = [
 ]
 _CPUS = ("auto", "kvm", "unicorn", "lguest")
 _MACHINES = ("pc", "lguest")
-
-#: A name is for people, and for the command lines of other tools.
-_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
-_NAME_LENGTH = 64
 #: More digits than any number has that is given, as a machine's memory in MiB; how much a guest can have is for its
 #: kernel's loader to say.
 _DIGITS = 9
@@ -189,14 +185,18 @@ def _memory(text: str) -> int:
 
 
 def _count(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or not 0 < int(text[:4]) <= MAX_CPUS:
+    if not _is_number(text) or not 0 < int(text) <= MAX_CPUS:
         raise LguestError(f"--cpus={text}: a guest has 1 to {MAX_CPUS} processors")
     return int(text)
 
 
 def _name(text: str) -> str:
-    if not 0 < len(text) <= _NAME_LENGTH or not set(text) <= _NAME_CHARACTERS:
-        raise LguestError(f"--name={text}: a name has 1 to {_NAME_LENGTH} letters, digits, '.', '_' or '-'")
+    from lguest_mp import registry  # noqa: PLC0415 -- --help needs none of it
+
+    if not registry.is_name(text):
+        raise LguestError(
+            f"--name={text}: a name has 1 to {registry.NAME_LENGTH} letters, digits, '.', '_' or '-'; not . or .. alone"
+        )
     return text
 
 

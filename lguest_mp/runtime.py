@@ -44,6 +44,19 @@ def directory(user: User | None = None) -> Path:
     return path
 
 
+def existing(user: User | None = None) -> Path:
+    """Where that is, made or not. LguestError if it is there and not what it should be."""
+    with acting_as(user):
+        path = _place(os.geteuid() if user is None else user.uid)
+        try:
+            _check_private(path)
+        except FileNotFoundError:
+            return path
+        except OSError as error:
+            raise LguestError(f"runtime directory {path}: {error.strerror}") from error
+    return path
+
+
 def make_private(path: Path) -> None:
     """Makes the directory ``path``, if it is not there, for nobody but the user whom this process is or acts as.
 
@@ -54,6 +67,11 @@ def make_private(path: Path) -> None:
         path.chmod(0o700)  # whatever the umask
     except FileExistsError:
         pass
+    _check_private(path)
+
+
+def _check_private(path: Path) -> None:
+    """OSError, LguestError."""
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise LguestError(f"{path} is in the way: it is no directory; remove it")

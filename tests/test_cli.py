@@ -136,7 +136,7 @@ def test_what_is_no_memory_size(size: str) -> None:
         cli.parse(["--", size, "vmlinuz"])
 
 
-@pytest.mark.parametrize("name", ["", "a b", "a/b", "a]", "ä", "x" * 65])
+@pytest.mark.parametrize("name", ["", "a b", "a/b", "a]", "ä", "x" * 65, ".", ".."])
 def test_what_is_no_name(name: str) -> None:
     with pytest.raises(LguestError, match="a name has 1 to 64 letters, digits"):
         cli.parse([f"--name={name}", "256", "vmlinuz"])
