@@ -339,8 +339,12 @@ class Devices:
 
     # ---- What a person asks for ----
 
-    def restart(self, served: ServedDevice) -> None:
-        """Has all workers of a device replaced; one that has FAILED is served again. LguestError: that cannot be."""
+    def restart(self, served: ServedDevice, only: QueueService | None = None) -> None:
+        """Has workers replaced: a device's, or ``only`` that of one queue. LguestError: that cannot be.
+
+        A device that has FAILED is served again, by all.
+        """
+        queues = served.queues if only is None or served.life is DeviceLife.FAILED else [only]
         match served.life:
             case DeviceLife.RESET:
                 raise LguestError(f"{served.name} is not in use: the guest has no driver for it now")
@@ -350,7 +354,7 @@ class Devices:
                 self._warn(f"{served.name} is served again", served.name)
                 served.life = DeviceLife.SERVED
                 self._listener.tell_machine(protocol.DeviceMended(served.index))
-        for queue in served.queues:
+        for queue in queues:
             queue.restarts.forget()
             self._restart_queue(queue)
 

@@ -29,7 +29,9 @@ from lguest_mp.errors import LguestError
 from lguest_mp.protocol import ProtocolError
 from lguest_mp.supervisor import children, ending, processes, resources
 from lguest_mp.supervisor.children import Ear
+from lguest_mp.supervisor.control import Control
 from lguest_mp.supervisor.devices import Devices, Listener, Request
+from lguest_mp.supervisor.facts import Facts, Offers
 from lguest_mp.supervisor.log import Level
 from lguest_mp.supervisor.loop import Loop
 from lguest_mp.supervisor.signals import STOPPING
@@ -39,6 +41,7 @@ from lguest_mp.virtio.device import DeviceId
 if TYPE_CHECKING:
     from lguest_mp.cpu.engine import EntryState
     from lguest_mp.line import Attachment
+    from lguest_mp.registry import Claim
     from lguest_mp.supervisor.children import Child, Naming
     from lguest_mp.supervisor.ending import Ending
     from lguest_mp.supervisor.resources import Resources
@@ -73,9 +76,18 @@ class Guest:
         service: Service,
         restarted: dict[str, int] | None = None,
         grace: float = GRACE,
+        *,
+        reboots: int = 0,
+        claim: Claim | None = None,
     ) -> None:
-        """``restarted``: how often each queue's workers were replaced in the guest's lives so far; counted on."""
+        """``restarted``: how often each queue's workers were replaced in the guest's lives so far; counted on.
+
+        There were so many ``reboots`` before. With a ``claim`` the guest answers lguestctl at the claim's socket.
+        """
         self._restarted = {} if restarted is None else restarted
+        self._reboots = reboots
+        self._claim = claim
+        self._control: Control | None = None
         self._resources = owned
         self._naming = naming
         self._signals = signals
@@ -107,6 +119,8 @@ class Guest:
             finally:
                 self._life = Life.ENDED
                 self._end_processes()
+                if self._control is not None:
+                    self._control.close(reboots=isinstance(self._ending, ending.Rebooting))
 
     # ---- Starting ----
 
@@ -136,10 +150,15 @@ class Guest:
             self._watches,
             self._naming,
             self._loop,
-            Listener(self._end, lambda message: self._tell_machine(self._events, message)),
+            Listener(self.end, lambda message: self._tell_machine(self._events, message)),
             self._restarted,
             self._grace,
         )
+        if self._claim is not None:
+            self._control = Control(self._claim.listener, self._claim.owner, self._loop, self._facts())
+
+    def _facts(self) -> Facts:
+        return Facts(self._resources, self._devices, self, self._reboots, Offers(self._resources.log, self.attach))
 
     def _channel_pair(self) -> tuple[socket.socket, socket.socket]:
         ours, theirs = protocol.channel_pair()
@@ -227,7 +246,7 @@ class Guest:
             request.finish()
             self._tell_machine(self._requests, protocol.Done())
 
-    def _end(self, how: Ending) -> None:
+    def end(self, how: Ending) -> None:
         """The guest ends; the first reason counts."""
         if self._ending is None:
             self._ending = how
@@ -245,14 +264,14 @@ class Guest:
         except BlockingIOError:
             return
         except ProtocolError as error:
-            self._end(ending.guest_died(f"the machine process broke the protocol: {error}"))
+            self.end(ending.guest_died(f"the machine process broke the protocol: {error}"))
 
     def _obey(self, message: protocol.Message) -> None:
         match message:
             case protocol.Log(text, verbose):
                 self._resources.log.say(text, Level.INFO if verbose else Level.NOTICE, "cpu")
             case protocol.Interrupted():
-                self._end(ending.interrupted())
+                self.end(ending.interrupted())
             case protocol.Failed(reason):
                 self._end_by_machine(ending.failed(reason))
             case protocol.Died(reason):
@@ -274,21 +293,21 @@ class Guest:
 
     def _end_by_machine(self, how: Ending) -> None:
         self._machine_said_its_last_word = True
-        self._end(how)
+        self.end(how)
 
     def _on_machine_exit(self, machine: Child) -> None:
         self._loop.finish(self._requests.fileno(), self._on_request)
         self._loop.forget(machine.pidfd)
         self._machine = None
         how = f"the machine process {children.how_it_ended(machine.reap())}"
-        self._end(ending.failed(how) if self._life is Life.STARTING else ending.guest_died(how))
+        self.end(ending.failed(how) if self._life is Life.STARTING else ending.guest_died(how))
 
     def _tell_machine(self, channel: socket.socket, message: protocol.Message) -> None:
         """Never waits for the machine. If it is gone, its end tells so; if it does not listen, it is no machine."""
         try:
             protocol.send(channel, message, socket.MSG_DONTWAIT)
         except BlockingIOError:
-            self._end(ending.guest_died("the machine process does not listen to the supervisor"))
+            self.end(ending.guest_died("the machine process does not listen to the supervisor"))
         except OSError:
             return
 
@@ -316,7 +335,7 @@ class Guest:
                 case signal.SIGCONT:
                     self._resume()
                 case _ if signum in STOPPING:
-                    self._end(ending.Signalled(signum))
+                    self.end(ending.Signalled(signum))
 
     def _suspend(self) -> None:
         """Stops the whole guest, as the shell's job that it is, until somebody continues it."""
@@ -358,6 +377,16 @@ class Guest:
             self.resize(*size)
 
     # ---- What the user sees ----
+
+    @property
+    def stage(self) -> str:
+        """Where the guest is in its life, in a word."""
+        return self._life.name.lower()
+
+    @property
+    def cpu(self) -> Child | None:
+        """The machine process, while there is one."""
+        return self._machine
 
     def _verbose(self, text: str) -> None:
         self._resources.log.say(text, Level.INFO)

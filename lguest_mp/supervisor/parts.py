@@ -96,7 +96,8 @@ class Parts:
     ``open_devices`` is told who the workers will be (``--username``; None: who we are).
 
     ``device_memory``: how many bytes of guest memory behind the RAM are for devices. ``machine_files``: what the
-    machine process keeps open for itself. ``engine``: what executes the guest, for a person, and why.
+    machine process keeps open for itself. ``engine``: what executes the guest, for a person, and why. ``machine`` is what
+    ``--machine`` calls it.
     """
 
     read_kernel: Callable[[GuestConfig], Kernel]
@@ -107,6 +108,7 @@ class Parts:
     device_memory: int = 0
     machine_files: tuple[int, ...] = ()
     engine: str = "the embedded CPU"
+    machine: str = "pc"
 
 
 def of(config: GuestConfig, probe: Probe | None = None) -> Parts:
@@ -221,6 +223,7 @@ def _lguest(
         make_queue=Queue,
         load_machine=load_machine,
         device_memory=DEVICE_PAGES * PAGE_SIZE,
+        machine="lguest",
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
+from lguest_mp import registry
 from lguest_mp.supervisor import reboot
 from lguest_mp.supervisor.children import Naming
 from lguest_mp.supervisor.ending import Rebooting
@@ -19,6 +20,7 @@ from lguest_mp.terminal import Terminal
 
 if TYPE_CHECKING:
     from lguest_mp.config import GuestConfig
+    from lguest_mp.registry import Claim
     from lguest_mp.supervisor.ending import Ending
     from lguest_mp.supervisor.parts import Parts
     from lguest_mp.virtio.device import Device
@@ -26,6 +28,29 @@ if TYPE_CHECKING:
 
 def run(config: GuestConfig, parts: Parts, grace: float = GRACE) -> Ending:
     """Runs the guest to its end. Rebooting means: by exec, now that everything is closed and put back."""
+    claim = _claim(config.name)
+    with ExitStack() as held:
+        if claim is not None:
+            held.callback(claim.release)
+        ending = _live(config, parts, grace, claim)
+        if isinstance(ending, Rebooting):
+            held.pop_all()
+            if claim is not None:
+                claim.hand_on()
+        return ending
+
+
+def _claim(name: str) -> Claim | None:
+    """The guest's name, which nobody else's has; None: the host has no place to note that. LguestError: it is taken."""
+    try:
+        return registry.claim(name)
+    except registry.UnavailableError as error:
+        say(f"{error}; lguestctl will not find this guest")
+        return None
+
+
+def _live(config: GuestConfig, parts: Parts, grace: float, claim: Claim | None) -> Ending:
+    """As many lives in a row as reboots in place ask for."""
     reboots, restarted = reboot.count(), reboot.restarts()
     naming = Naming(config.name)
     with (
@@ -37,7 +62,8 @@ def run(config: GuestConfig, parts: Parts, grace: float = GRACE) -> Ending:
     ):
         while True:
             _describe(config, parts, resources.devices, reboots, log)
-            ending = Guest(resources, naming, signals, screen, service, restarted, grace).run()
+            guest = Guest(resources, naming, signals, screen, service, restarted, grace, reboots=reboots, claim=claim)
+            ending = guest.run()
             if not isinstance(ending, Rebooting) or not resources.reboots_in_place:
                 reboot.keep(restarted)
                 return ending

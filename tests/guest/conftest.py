@@ -54,12 +54,15 @@ def engine() -> list[str]:
 
 
 @pytest.fixture
-def launch(kit: GuestKit, engine: list[str], request: pytest.FixtureRequest) -> Iterator[Launch]:
-    """Starts guests, all of which are gone after the test."""
+def launch(
+    kit: GuestKit, engine: list[str], runtime: dict[str, str], request: pytest.FixtureRequest
+) -> Iterator[Launch]:
+    """Starts guests, all of which are gone after the test. Their names are theirs in this test only."""
     with ExitStack() as guests:
 
         def start(*options: str, tools: bool = False, **others: Any) -> Guest:
             others.setdefault("kernel", kit.kernel.image)
+            others["variables"] = {**runtime, **others.get("variables", {})}
             others.setdefault("initrd", request.getfixturevalue("initrd_with_tools" if tools else "initrd"))
             return guests.enter_context(Guest(options=(*engine, *options), **others))
 

@@ -206,7 +206,7 @@ def test_a_driver_that_breaks_the_rules_loses_its_device_only(scene: str, option
 
 
 def test_a_workers_death_ends_the_guest_if_the_user_wants_it() -> None:
-    with Session(command("drivers", "console", "--name=own", "--on-crash=stop")) as session:
+    with Session(command("drivers", "console", "--on-crash=stop")) as session:
         session.wait_for(r"ready\r*\n")
         (worker,) = (pid for pid, title in session.processes().items() if title.endswith("console/transmitq"))
         os.kill(worker, signal.SIGKILL)

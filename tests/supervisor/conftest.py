@@ -14,10 +14,12 @@ from launching import Launch, Launched
 
 @pytest.fixture
 def launch() -> Iterator[Launch]:
-    """Starts launchers, all of which are gone after the test."""
+    """Starts launchers, all of which are gone after the test. All may have the same name, as no two have one place."""
     with ExitStack() as launchers:
 
         def start(scenario: str, *options: str, **others: Any) -> Launched:
+            if "runtime" not in others:
+                others["runtime"] = launchers.enter_context(tempfile.TemporaryDirectory(prefix="lguest-run-"))
             return launchers.enter_context(Launched(scenario, *options, **others))
 
         yield start

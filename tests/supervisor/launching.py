@@ -27,8 +27,12 @@ class Launched(Session):
         kernel: str = "kernel",
         arguments: tuple[str, ...] = (),
         launcher: tuple[str, ...] = (sys.executable, str(FAKE_GUEST)),
+        runtime: str,
     ) -> None:
-        super().__init__([*launcher, scenario, *options, "--name=test", "16", kernel, *arguments])
+        """``runtime``: the runtime directory of the launcher's user."""
+        command = [*launcher, scenario, *options, "--name=test", "16", kernel, *arguments]
+        super().__init__(command, variables={"XDG_RUNTIME_DIR": runtime})
+        self.runtime = Path(runtime) / "lguest"
 
     def finish(self) -> int:
         """Waits for its end and for the end of all its processes; the exit status."""
@@ -66,6 +70,7 @@ class Launch(Protocol):
         kernel: str = ...,
         arguments: tuple[str, ...] = ...,
         launcher: tuple[str, ...] = ...,
+        runtime: str = ...,
     ) -> Launched: ...
 
 

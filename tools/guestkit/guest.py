@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ class Guest(Session):
         kernel: Path,
         initrd: Path,
         launcher: Sequence[str] = (sys.executable, "-m", "lguest_mp"),
-        name: str = "guest",
+        name: str | None = None,
         options: Sequence[str] = (),
         memory: int = 256,
         arguments: Sequence[str] = ("quiet",),
@@ -76,8 +77,8 @@ class Guest(Session):
         rows: int = 30,
         errors: Path | None = None,
     ) -> None:
-        """Starts the launcher; ``memory`` in MiB, ``arguments`` are the kernel's."""
-        self.name = name
+        """Starts the launcher; ``memory`` in MiB, ``arguments`` are the kernel's; a ``name`` nobody else has."""
+        self.name = f"guest-{secrets.token_hex(4)}" if name is None else name
         command = [*launcher, f"--name={self.name}", *options, f"--initrd={initrd}", str(memory), str(kernel)]
         super().__init__([*command, *arguments], variables=variables, columns=columns, rows=rows, errors=errors)
         self.agent = Agent(self)
