@@ -117,7 +117,7 @@ class Subject(Protocol):
         """The console."""
 
     def resize(self, columns: int, rows: int) -> None:
-        """The terminal of somebody attached has another size; 0: they have none."""
+        """The terminal of somebody attached has another size; 0: they have none, or are gone."""
 
     def entries(self, source: str | None, last: int) -> Sequence[Entry]:
         """The last lines of the log, of one source or all."""
@@ -242,6 +242,8 @@ class Control:
         self._epoll.unregister(client.channel)
         if client.unfollow is not None:
             client.unfollow()
+        if client.is_attached and not any(other.is_attached for other in self._clients.values()):
+            self._resize(0, 0)
         # A child that is just being forked has a copy of the socket.
         with suppress(OSError):
             client.channel.shutdown(socket.SHUT_RDWR)

@@ -329,7 +329,7 @@ class Guest:
                 case signal.SIGUSR1:
                     self._show_table()
                 case signal.SIGWINCH:
-                    self.resize_to_terminal()
+                    self.resize(0, 0)
                 case signal.SIGTSTP:
                     self._suspend()
                 case signal.SIGCONT:
@@ -350,7 +350,7 @@ class Guest:
             self._screen.take()
         for child in self._children():
             child.signal(signal.SIGCONT)
-        self.resize_to_terminal()
+        self.resize(0, 0)
 
     # ---- The console ----
 
@@ -362,19 +362,17 @@ class Guest:
         raise LguestError("this guest has no console that one can attach to")
 
     def resize(self, columns: int, rows: int) -> None:
-        """Gives the console a size, until somebody gives it another: le16 cols, le16 rows (virtio 1.2, 5.3.4)."""
-        if self._life is not Life.RUNNING:
+        """The terminal on which the console is looked at now has this size; 0: it is the launcher's own.
+
+        The console is told: le16 cols, le16 rows (virtio 1.2, 5.3.4).
+        """
+        size = (columns, rows) if columns and rows else terminal.size()
+        if size is None or self._life is not Life.RUNNING:
             return
-        data = struct.pack("<HH", *(min(max(side, 0), 0xFFFF) for side in (columns, rows)))
+        data = struct.pack("<HH", *(min(side, 0xFFFF) for side in size))
         for served in self._devices.served:
             if served.port.device.device_id is DeviceId.CONSOLE:
                 self._devices.reconfigure(served, 0, data)
-
-    def resize_to_terminal(self) -> None:
-        """Gives the console the size of the launcher's own terminal, if it has one, as when nobody is attached."""
-        size = terminal.size()
-        if size is not None:
-            self.resize(*size)
 
     # ---- What the user sees ----
 

@@ -257,8 +257,10 @@ def test_the_console_comes_as_file_descriptors(host: Host, tmp_path: Path) -> No
     assert control.decode_answer(datagram) == Attached()
     assert [os.readlink(f"/proc/self/fd/{fd}") for fd in files] == list(map(str, names))
     assert peer.hear() == Done()
-    assert peer.ask(Resize(0, 0)) == [Done()]
-    assert host.subject.done == ["resize 100 65535", "resize 0 0"]
+    assert peer.ask(Resize(81, 26)) == [Done()]
+    peer.channel.close()
+    host.pump()
+    assert host.subject.done == ["resize 100 65535", "resize 81 26", "resize 0 0"]
     for fd in (*files, *opened):
         os.close(fd)
 
