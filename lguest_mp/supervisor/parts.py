@@ -96,8 +96,8 @@ class Parts:
     ``open_devices`` is told who the workers will be (``--username``; None: who we are).
 
     ``device_memory``: how many bytes of guest memory behind the RAM are for devices. ``machine_files``: what the
-    machine process keeps open for itself. ``engine``: what executes the guest, for a person, and why. ``machine`` is what
-    ``--machine`` calls it.
+    machine process keeps open for itself. ``engine``: what executes the guest, for a person, and why. ``machine`` is
+    what ``--machine`` calls it.
     """
 
     read_kernel: Callable[[GuestConfig], Kernel]

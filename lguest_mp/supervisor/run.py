@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 def run(config: GuestConfig, parts: Parts, grace: float = GRACE) -> Ending:
     """Runs the guest to its end. Rebooting means: by exec, now that everything is closed and put back."""
-    claim = _claim(config.name)
-    with ExitStack() as held:
+    with closing(Log(StandardError(), verbose=config.verbose)) as log, ExitStack() as held:
+        claim = _claim(config.name, log)
         if claim is not None:
             held.callback(claim.release)
-        ending = _live(config, parts, grace, claim)
+        ending = _live(config, parts, log, grace, claim)
         if isinstance(ending, Rebooting):
             held.pop_all()
             if claim is not None:
@@ -40,21 +40,20 @@ def run(config: GuestConfig, parts: Parts, grace: float = GRACE) -> Ending:
         return ending
 
 
-def _claim(name: str) -> Claim | None:
+def _claim(name: str, log: Log) -> Claim | None:
     """The guest's name, which nobody else's has; None: the host has no place to note that. LguestError: it is taken."""
     try:
         return registry.claim(name)
     except registry.UnavailableError as error:
-        say(f"{error}; lguestctl will not find this guest")
+        log.say(f"{error}; lguestctl will not find this guest", Level.WARNING)
         return None
 
 
-def _live(config: GuestConfig, parts: Parts, grace: float, claim: Claim | None) -> Ending:
+def _live(config: GuestConfig, parts: Parts, log: Log, grace: float, claim: Claim | None) -> Ending:
     """As many lives in a row as reboots in place ask for."""
     reboots, restarted = reboot.count(), reboot.restarts()
     naming = Naming(config.name)
     with (
-        closing(Log(StandardError(), verbose=config.verbose)) as log,
         Service(Notifier()) as service,
         closing(open_all(config, parts, log)) as resources,
         Signals() as signals,
