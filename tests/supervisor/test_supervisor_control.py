@@ -139,7 +139,6 @@ def test_a_device_that_is_reset_can_be_had_served_again(launch: Launch) -> None:
         (("restart", "test", "tape0"), "guest test: it has no device tape0; there is console, block0, mule0"),
         (("reset", "test", "block0/requestq"), "guest test: it has no device block0/requestq; there is console, "),
         (("restart", "test", "mule0"), "guest test: mule0 is not in use: the guest has no driver for it now"),
-        (("log",), "guest test: its launcher keeps no log"),
         (("jail",), "guest test: it cannot tell"),
     ],
 )
@@ -148,6 +147,14 @@ def test_what_cannot_be(launch: Launch, words: tuple[str, ...], reason: str) -> 
     launcher.wait_until_up()
     assert refusal(launcher, *words).startswith(reason)
     assert launcher.exit_status() is None
+
+
+def test_what_the_launcher_said_is_kept(launch: Launch) -> None:
+    launcher = launch("hang")
+    launcher.wait_until_up()
+    do(launcher, "restart", "block0")
+    do(launcher, "reset", "test", "console")
+    assert do(launcher, "log", "--lines=1").endswith(" needs a reset\n")
 
 
 def test_a_name_is_one_guests(launch: Launch) -> None:
