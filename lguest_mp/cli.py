@@ -39,6 +39,7 @@ Options, anywhere before '--':
                       the same as --net=tap,ip=<ip> or --net=tap,bridge=<name>
   --username=<user>   become this user before the guest runs (as root)
   --chroot=<dir>      make this the root directory before the guest runs (as root)
+  --jail=off          let the guest's processes do whatever you may; to debug lguest
   --name=<name>       what to call the guest in 'ps' and 'lguestctl'; otherwise the process ID
   --cpu=<engine>      what executes the guest: kvm, the host's /dev/kvm; unicorn, the embedded CPU; lguest, the host's
                       /dev/lguest; auto, the default: KVM where it can run a stock kernel, the embedded CPU elsewhere
@@ -66,10 +67,11 @@ Exit status: 0 the guest powered off, 1 lguest could not do it, 2 usage, 3 the g
 """
 _OPTIONS = [
     *("verbose", "net=", "tunnet=", "block=", "rng", "initrd=", "username=", "chroot="),
-    *("name=", "cpu=", "cpus=", "machine=", "on-crash=", "stuck-after=", "demo", "help", "version"),
+    *("jail=", "name=", "cpu=", "cpus=", "machine=", "on-crash=", "stuck-after=", "demo", "help", "version"),
 ]
 _CPUS = ("auto", "kvm", "unicorn", "lguest")
 _MACHINES = ("pc", "lguest")
+_SWITCH = ("on", "off")
 #: More digits than any number has that is given, as a machine's memory in MiB; how much a guest can have is for its
 #: kernel's loader to say.
 _DIGITS = 9
@@ -117,6 +119,7 @@ def parse(arguments: Sequence[str]) -> GuestConfig:
         cpu=cpu,
         cpus=_count(single["cpus"]) if "cpus" in single else 1,
         machine=machine,
+        jail=_choice("jail", single.get("jail", "on"), _SWITCH) == "on",
         crash_policies=tuple(_crash_policy(value) for name, value in given if name == "on-crash"),
         stuck_after=_seconds("--stuck-after", single["stuck-after"]) if "stuck-after" in single else STUCK_AFTER,
     )

@@ -51,6 +51,11 @@ class Line:
         """What the machine and the console's workers need."""
         return (self._screen, self._news, self.keys)
 
+    @property
+    def writer_files(self) -> tuple[int, ...]:
+        """What a writer needs."""
+        return (self._screen, self._news)
+
     def writer(self, track: Track) -> ScreenWriter:
         """For the process whose track it is. OSError."""
         return ScreenWriter(self._screen, self._news, track)

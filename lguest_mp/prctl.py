@@ -1,4 +1,4 @@
-"""The two things that a process says about itself to Linux through prctl(2), by ctypes.
+"""What a process says about itself to Linux through prctl(2), by ctypes.
 
 Constants: include/uapi/linux/prctl.h.
 """
@@ -15,6 +15,11 @@ PR_SET_NAME = 15
 COMM_LENGTH = 15
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def call(option: int, argument: int) -> None:
+    """prctl(option, argument, 0, 0, 0), of the options that take a number; OSError."""
+    _prctl(option, ctypes.c_ulong(argument))
 
 
 def _prctl(option: int, argument: ctypes.c_ulong | ctypes.c_char_p) -> None:
@@ -34,5 +39,5 @@ def die_with_parent(parent: int) -> bool:
 
     Linux forgets the request when the process changes its user or group: make it afterwards.
     """
-    _prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+    call(PR_SET_PDEATHSIG, signal.SIGKILL)
     return os.getppid() == parent

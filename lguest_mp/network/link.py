@@ -47,6 +47,8 @@ from typing import TYPE_CHECKING
 
 from lguest_mp import runtime
 from lguest_mp.errors import LguestError
+from lguest_mp.jail.calls import Call, Check, ioctls, plain
+from lguest_mp.jail.needs import Needs
 from lguest_mp.network import header
 from lguest_mp.network.wire import LONGEST_FRAME, Wire
 
@@ -73,11 +75,30 @@ _SEND_BUFFER = 4 * LONGEST_FRAME
 #: Destination, source, type.
 _ETHERNET_HEADER = 14
 _DESTINATION = slice(header.LENGTH, header.LENGTH + 6)
+#: How opendir(3) opens, what stat(2) of a file descriptor is to some C libraries, how Python makes a socket and
+#: switches it to non-blocking (include/uapi/linux/fcntl.h, include/uapi/asm-generic/ioctls.h).
+_LISTING = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_DIRECTORY
+_AT_EMPTY_PATH = 0x1000
+_DATAGRAMS = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
+_FIONBIO = 0x5421
 _SHORTEST_FRAME = header.LENGTH + _ETHERNET_HEADER
 #: How often (seconds) it is tried again to join or to lock.
 _RETRY = 0.01
 #: Errors of a write that are the frame's or the host's doing and not the receiver's.
 _OWN_ERRORS = frozenset({errno.EMSGSIZE, errno.ENOBUFS, errno.ENOMEM, errno.EINVAL, errno.EFAULT})
+
+#: What the transmitq's worker does besides writing. A directory is all that it may open, and with Landlock the link's.
+_SENDING = (
+    *plain("writev", "fchdir", "getdents64"),
+    Call("openat", (Check(2, _LISTING, "a directory to list"),)),
+    Call("newfstatat", (Check(3, _AT_EMPTY_PATH, "AT_EMPTY_PATH"),)),
+    Call("socket", (Check(0, socket.AF_UNIX, "AF_UNIX"), Check(1, _DATAGRAMS, "SOCK_DGRAM"))),
+    *plain("connect"),
+    *ioctls((_FIONBIO, "FIONBIO")),
+    Call("setsockopt", (Check(1, socket.SOL_SOCKET, "SOL_SOCKET"), Check(2, socket.SO_SNDBUF, "SO_SNDBUF"))),
+)
+#: More guests than anybody has on one link.
+_MOST_SOCKETS = 1024
 
 _MAC_NAME = re.compile("[0-9a-f][02468ace](:[0-9a-f]{2}){5}", re.ASCII)
 _DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -111,6 +132,10 @@ class Link(Wire):
     def files(self) -> tuple[int, ...]:
         """The guest's own socket, and the directory with the others'."""
         return (self._fd, self._place.directory)
+
+    def needs_of_writer(self) -> Needs:
+        """Finding the other guests' sockets in the link's directory, and one connected to each of them."""
+        return Needs(_SENDING, directories=(self._place.directory,), more_files=_MOST_SOCKETS)
 
     def attach(self, features: int, header_size: int) -> None:
         """Headers on the link have 12 bytes. For a driver whose headers are shorter, the end is cut off and made up."""

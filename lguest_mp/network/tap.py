@@ -40,6 +40,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from lguest_mp.errors import LguestError
+from lguest_mp.jail.calls import ioctls, plain
+from lguest_mp.jail.needs import Needs
 from lguest_mp.network import header
 from lguest_mp.network.header import NetFeature
 from lguest_mp.network.rtnetlink import LinkWatch
@@ -63,6 +65,12 @@ TUN_F_CSUM = 0x01
 TUN_F_TSO4 = 0x02
 TUN_F_TSO6 = 0x04
 TUN_F_TSO_ECN = 0x08
+
+#: What a worker does with that file besides, when it attaches itself and when it looks whether the interface is there.
+_ATTACHING = ioctls(
+    (TUNSETVNETHDRSZ, "TUNSETVNETHDRSZ"), (TUNSETVNETLE, "TUNSETVNETLE"), (TUNSETOFFLOAD, "TUNSETOFFLOAD")
+)
+_LOOKING = ioctls((TUNGETIFF, "TUNGETIFF"))
 
 #: ioctls of any socket, include/uapi/linux/sockios.h.
 SIOCGIFFLAGS = 0x8913
@@ -143,6 +151,14 @@ class Tap(Wire):
     def files(self) -> tuple[int, ...]:
         """The frames' file, and what tells of the link."""
         return (self._file, self._watch.fileno())
+
+    def needs_of_reader(self) -> Needs:
+        """Reading; and sending and receiving at its rtnetlink socket, which every process may."""
+        return Needs((*plain("readv"), *_ATTACHING, *_LOOKING))
+
+    def needs_of_writer(self) -> Needs:
+        """Writing."""
+        return Needs((*plain("writev"), *_ATTACHING))
 
     def attach(self, features: int, header_size: int) -> None:
         """Has the kernel give the driver only what it accepted.

@@ -11,6 +11,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from lguest_mp.jail.calls import plain
+from lguest_mp.jail.needs import Needs
+
 if TYPE_CHECKING:
     from lguest_mp.supervisor.children import Child
 
@@ -44,6 +47,14 @@ class Wire(ABC):
     @abstractmethod
     def files(self) -> tuple[int, ...]:
         """The file descriptors that the workers need."""
+
+    def needs_of_reader(self) -> Needs:
+        """What the receiveq's worker needs besides (jail/): for most wires, to read its files."""
+        return Needs(plain("readv"))
+
+    def needs_of_writer(self) -> Needs:
+        """What the transmitq's worker needs besides: for most wires, to write to its files."""
+        return Needs(plain("writev"))
 
     @property
     def helper(self) -> Child | None:

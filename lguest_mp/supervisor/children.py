@@ -133,6 +133,8 @@ def _be_child(parent: int, body: Callable[[], int], errors: int | None) -> NoRet
             faulthandler.enable(2)
         if prctl.die_with_parent(parent):
             status = body()
+    except LguestError as error:
+        say(str(error))
     except BaseException:  # nothing of the supervisor's own may run in here
         os.write(2, traceback.format_exc().encode(errors="replace"))
     finally:

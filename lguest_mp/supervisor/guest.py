@@ -173,6 +173,7 @@ class Guest:
         """Forks the machine process and loads the kernel meanwhile; the registers at its first instruction."""
         log = self._resources.log
         self._loop.watch(log.fd, log.flush)
+        self._machine_plan = self._resources.jail.plan(self._resources.parts.machine_needs)
         self._machine = machine = children.fork("cpu", self._be_machine, Ear(self._loop, log))
         self._machine_requests.close()
         self._machine_events.close()
@@ -196,6 +197,7 @@ class Guest:
             owned.confine()
             if not prctl.die_with_parent(supervisor):
                 return 0
+            self._machine_plan.enter()
             protocol.send(requests, protocol.Ready())
             start = protocol.receive(events)
             if not isinstance(start, protocol.Start):
@@ -226,9 +228,16 @@ class Guest:
         self._screen.take()
         self._tell_machine(self._events, protocol.Start(entry))
         self._naming.take(None, "lguest")
+        self._plan_workers()
         resources.freeze()
         if self._machine is not None:
             self._verbose(f"cpu is process {self._machine.pid}; the guest begins at {entry.rip:#x}")
+
+    def _plan_workers(self) -> None:
+        """Has everything ready that a worker needs to enter its jail: whoever is forked shares it."""
+        for served in self._devices.served:
+            for queue in range(len(served.port.kicks)):
+                self._resources.jail.plan(served.port.device.needs(queue))
 
     # ---- The loop ----
 

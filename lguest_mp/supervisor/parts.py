@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lguest_mp.config import GuestConfig, NetConfig
     from lguest_mp.cpu.engine import EntryState
     from lguest_mp.jail import User
+    from lguest_mp.jail.needs import Needs
     from lguest_mp.machine.wiring import DevicePort
     from lguest_mp.memory import GuestMemory
     from lguest_mp.supervisor.kvm_probe import Probe, Verdict
@@ -96,8 +97,8 @@ class Parts:
     ``open_devices`` is told who the workers will be (``--username``; None: who we are).
 
     ``device_memory``: how many bytes of guest memory behind the RAM are for devices. ``machine_files``: what the
-    machine process keeps open for itself. ``engine``: what executes the guest, for a person, and why. ``machine`` is
-    what ``--machine`` calls it.
+    machine process keeps open for itself. ``machine_needs``: what it needs of the host besides; None: all there is.
+    ``engine``: what executes the guest, for a person, and why. ``machine`` is what ``--machine`` calls it.
     """
 
     read_kernel: Callable[[GuestConfig], Kernel]
@@ -105,6 +106,7 @@ class Parts:
     make_watches: Callable[[GuestMemory, int], WriteWatches | None]
     make_queue: QueueMaker
     load_machine: Callable[[], MachineBody]
+    machine_needs: Needs | None
     device_memory: int = 0
     machine_files: tuple[int, ...] = ()
     engine: str = "the embedded CPU"
@@ -169,6 +171,7 @@ def pc() -> Parts:
     """
     from lguest_mp.boot.linux import prepare  # noqa: PLC0415
     from lguest_mp.codemap import CodeMap  # noqa: PLC0415
+    from lguest_mp.cpu import needs  # noqa: PLC0415
     from lguest_mp.virtio.queue import Queue  # noqa: PLC0415
 
     return Parts(
@@ -177,15 +180,19 @@ def pc() -> Parts:
         make_watches=CodeMap,
         make_queue=Queue,
         load_machine=_load_pc,
+        machine_needs=needs.EMBEDDED,
     )
 
 
 def pc_on_kvm(file: int) -> Parts:
     """The same on the host's KVM, which ``file`` is; it sees every store to guest memory itself."""
+    from lguest_mp.cpu.kvm.needs import KVM  # noqa: PLC0415
+
     return replace(
         pc(),
         make_watches=lambda _memory, _workers: None,
         load_machine=partial(_load_kvm, file),
+        machine_needs=KVM,
         machine_files=(file,),
         engine="KVM",
     )
@@ -194,22 +201,25 @@ def pc_on_kvm(file: int) -> Parts:
 def lguest() -> Parts:
     """A guest of lguest's own, its CPU embedded and its host in software."""
     from lguest_mp.codemap import CodeMap  # noqa: PLC0415
+    from lguest_mp.cpu import needs  # noqa: PLC0415
 
-    return _lguest(CodeMap, _load_softhost)
+    return _lguest(CodeMap, _load_softhost, needs.EMBEDDED)
 
 
 def lguest_on_device() -> Parts:
     """A guest of lguest's own on the host's ``/dev/lguest``, which is opened here. LguestError if there is none."""
+    from lguest_mp.cpu import needs  # noqa: PLC0415
     from lguest_mp.cpu.dev_lguest import PATH, open_device  # noqa: PLC0415
 
     file = open_device()
-    return replace(
-        _lguest(lambda _memory, _workers: None, partial(_load_device, file)), machine_files=(file,), engine=PATH
-    )
+    parts = _lguest(lambda _memory, _workers: None, partial(_load_device, file), needs.DEV_LGUEST)
+    return replace(parts, machine_files=(file,), engine=PATH)
 
 
 def _lguest(
-    make_watches: Callable[[GuestMemory, int], WriteWatches | None], load_machine: Callable[[], MachineBody]
+    make_watches: Callable[[GuestMemory, int], WriteWatches | None],
+    load_machine: Callable[[], MachineBody],
+    machine_needs: Needs,
 ) -> Parts:
     from lguest_mp.boot.lguest_kernel import prepare  # noqa: PLC0415
     from lguest_mp.bus.lguest_page import DEVICE_PAGES  # noqa: PLC0415
@@ -222,6 +232,7 @@ def _lguest(
         make_watches=make_watches,
         make_queue=Queue,
         load_machine=load_machine,
+        machine_needs=machine_needs,
         device_memory=DEVICE_PAGES * PAGE_SIZE,
         machine="lguest",
     )

@@ -24,7 +24,7 @@ from lguest_mp.memory import GuestMemory
 if TYPE_CHECKING:
     from lguest_mp.config import GuestConfig
     from lguest_mp.cpu.engine import EntryState
-    from lguest_mp.jail import Confinement
+    from lguest_mp.jail import Confinement, Jail
     from lguest_mp.supervisor.log import Log
     from lguest_mp.supervisor.parts import Kernel, Parts
     from lguest_mp.virtio.device import Device
@@ -40,6 +40,7 @@ class Resources:
     devices: list[Device]
     null: int
     confinement: Confinement
+    jail: Jail
     kernel: Kernel | None
     log: Log
 
@@ -101,7 +102,7 @@ def open_all(config: GuestConfig, parts: Parts, log: Log) -> Resources:
         for device in devices:
             device.connect()
         opened.pop_all()
-    return Resources(config, parts, memory, devices, null, confinement, kernel, log)
+    return Resources(config, parts, memory, devices, null, confinement, jail.Jail(config.jail), kernel, log)
 
 
 def _check_policies(config: GuestConfig, devices: list[Device]) -> None:

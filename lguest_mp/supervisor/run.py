@@ -59,6 +59,8 @@ def _live(config: GuestConfig, parts: Parts, log: Log, grace: float, claim: Clai
         Signals() as signals,
         Terminal() as screen,
     ):
+        if (lacks := resources.jail.lacks) is not None and not reboots:
+            log.say(lacks, Level.WARNING)
         while True:
             _describe(config, parts, resources.devices, reboots, log)
             guest = Guest(resources, naming, signals, screen, service, restarted, grace, reboots=reboots, claim=claim)

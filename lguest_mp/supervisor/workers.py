@@ -23,6 +23,7 @@ from lguest_mp.virtio import ledger
 from lguest_mp.virtio.ledger import Ledger
 
 if TYPE_CHECKING:
+    from lguest_mp.jail import Plan
     from lguest_mp.supervisor.children import Naming
     from lguest_mp.supervisor.loop import Loop, Timer
     from lguest_mp.supervisor.parts import WriteWatches
@@ -133,12 +134,13 @@ class Workers:
             ours, theirs = protocol.channel_pair()
         except OSError as error:
             raise LguestError(f"cannot make a channel for {name}: {error.strerror}") from error
+        plan = self._resources.jail.plan(post.device.needs(post.queue))
         account = post.account.account()
         post.account.fields[ledger.PHASE] = ledger.Phase.SERVING
         with theirs:
             try:
                 with post.account.inherited():
-                    body = partial(self._be_worker, post, assignment, theirs)
+                    body = partial(self._be_worker, post, assignment, theirs, plan)
                     child = children.fork(name, body, Ear(self._loop, self._resources.log))
             except BaseException:
                 ours.close()
@@ -149,14 +151,15 @@ class Workers:
         self._verbose(f"{name} is process {child.pid}")
         return each
 
-    def _be_worker(self, post: Post, assignment: Assignment, channel: socket.socket) -> int:
+    def _be_worker(self, post: Post, assignment: Assignment, channel: socket.socket, plan: Plan) -> int:
         """The body of a worker process; its exit status."""
         device, watches = post.device, self._watches
-        keep = [post.kick, post.call, channel.fileno(), *device.files]
+        keep = [post.kick, post.call, channel.fileno(), *device.files_of(post.queue)]
         if watches is not None:
             keep += watches.worker_files(post.number)
         children.keep_only(keep, self._resources.null)
         self._naming.take(post.name, post.name)
+        plan.enter()
         make_queue, memory = self._resources.parts.make_queue, self._resources.memory
         layout, features = assignment.layout, assignment.features
         watch = None if watches is None else watches.writer(post.number)

@@ -41,6 +41,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lguest_mp.errors import DeviceProtocolError, LguestError
+from lguest_mp.jail.calls import one_of, plain
+from lguest_mp.jail.needs import Needs
 from lguest_mp.virtio import vectors
 from lguest_mp.virtio.device import QUEUE_SIZE, Device, DeviceId
 
@@ -104,6 +106,22 @@ FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
 
+#: All that a worker does with the image.
+_READING = plain("preadv2", "preadv", "fdatasync")
+_WRITING = (
+    # RWF_APPEND would not write where it is said.
+    *one_of("pwritev2", 5, [(0, "no flags"), (os.RWF_DSYNC, "RWF_DSYNC")]),
+    *plain("pwritev", "pwrite64"),
+    *one_of(
+        "fallocate",
+        1,
+        [
+            (FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, "PUNCH_HOLE"),
+            (FALLOC_FL_KEEP_SIZE | FALLOC_FL_ZERO_RANGE, "ZERO_RANGE"),
+        ],
+    ),
+)
+
 #: How much is zeroed by one write, where the file system cannot do it.
 ZEROES = 1 << 20
 #: The shortest time, in seconds, between two lines about the same kind of failure.
@@ -145,6 +163,13 @@ class Block(Device):
     def files(self) -> tuple[int, ...]:
         """The image."""
         return (self._file,)
+
+    def needs(self, queue_index: int) -> Needs:
+        """Reading and writing at a position, not beyond the disk's end, and no more than reading if it is read-only."""
+        del queue_index
+        if self.read_only:
+            return Needs(_READING)
+        return Needs((*_READING, *_WRITING), longest_file=self._sectors * SECTOR)
 
     @property
     def capacity(self) -> int:

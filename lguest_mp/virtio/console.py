@@ -32,6 +32,8 @@ from typing import TYPE_CHECKING
 
 from lguest_mp.abort import AbortKeys
 from lguest_mp.errors import DeviceProtocolError
+from lguest_mp.jail.calls import JOB_CONTROL, MAPPING, plain
+from lguest_mp.jail.needs import Needs
 from lguest_mp.screen import Track
 from lguest_mp.virtio import serving, vectors
 from lguest_mp.virtio.device import Device, DeviceId
@@ -96,6 +98,21 @@ class Console(Device):
         """Closes the line."""
         if self.line is not None:
             self.line.close()
+
+    def files_of(self, queue_index: int) -> tuple[int, ...]:
+        """Input and the line's keys, or output and the line's screen."""
+        if queue_index == RECEIVEQ:
+            return (self._input,) if self.line is None else (self._input, self.line.keys)
+        return (self._output,) if self.line is None else (self._output, *self.line.writer_files)
+
+    def needs(self, queue_index: int) -> Needs:
+        """Reading, and whether the terminal is ours; or writing, perhaps to a file.
+
+        Whoever has a terminal open could type into it (TIOCSTI), for the shell that comes after us: no other ioctl.
+        """
+        if queue_index == RECEIVEQ:
+            return Needs((*plain("readv"), *JOB_CONTROL))
+        return Needs((*plain("writev"), *MAPPING), more_files=1, longest_file=None)
 
     def resize(self, columns: int, rows: int) -> None:
         """The terminal has a new size; the configuration space (four bytes, 5.3.4) says so from now on."""

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import TYPE_CHECKING
 
+from lguest_mp.jail.needs import Needs
+
 if TYPE_CHECKING:
     from lguest_mp.supervisor.children import Child
     from lguest_mp.virtio.queue import Queue
@@ -119,6 +121,16 @@ class Device(ABC):
     def files(self) -> tuple[int, ...]:
         """The host's file descriptors that its workers need; every other process may close them."""
         return ()
+
+    def files_of(self, queue_index: int) -> tuple[int, ...]:
+        """Those that the worker of one queue needs."""
+        del queue_index
+        return self.files
+
+    def needs(self, queue_index: int) -> Needs:
+        """What the worker of one queue needs of the host besides its files; nothing else is left to it."""
+        del queue_index
+        return Needs()
 
     @property
     def machine_files(self) -> tuple[int, ...]:

@@ -33,6 +33,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from lguest_mp.errors import DeviceProtocolError
+from lguest_mp.jail.needs import Needs
 from lguest_mp.network import header, offload
 from lguest_mp.network.header import NetFeature
 from lguest_mp.network.wire import LONGEST_FRAME, WireGone
@@ -108,6 +109,10 @@ class Net(Device):
     def files(self) -> tuple[int, ...]:
         """The wire's."""
         return self.wire.files
+
+    def needs(self, queue_index: int) -> Needs:
+        """The wire's."""
+        return self.wire.needs_of_reader() if queue_index == RECEIVEQ else self.wire.needs_of_writer()
 
     @property
     def description(self) -> str:

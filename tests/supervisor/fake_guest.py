@@ -625,6 +625,7 @@ def parts(scenario: str) -> Parts:
         make_watches=lambda memory, workers: None,
         make_queue=make_queue,
         load_machine=load_machine,
+        machine_needs=None,
     )
 
 

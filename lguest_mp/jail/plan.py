@@ -1,0 +1,123 @@
+"""What the host offers, what a process needs, and what becomes of the two: made before a fork, entered after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lguest_mp.errors import LguestError
+from lguest_mp.jail import calls, landlock, limits, privileges, seccomp
+from lguest_mp.jail.landlock import Ruleset
+from lguest_mp.jail.limits import Limit
+from lguest_mp.jail.needs import Needs
+from lguest_mp.jail.seccomp import Program
+
+#: What the plan of a process that is not jailed says.
+OFF: dict[str, Any] = {"on": False}
+
+
+@dataclass(frozen=True)
+class Mechanisms:
+    """What the host has: a filter for system calls, this ABI of Landlock (0: none); and in words what it lacks."""
+
+    seccomp: bool
+    landlock: int
+    lacks: tuple[str, ...] = ()
+
+
+def detect() -> Mechanisms:
+    """Asks the kernel. What is always there is not asked for."""
+    lacks = []
+    if (reason := seccomp.missing()) is not None:
+        lacks.append(f"seccomp (system calls) {reason}")
+    try:
+        abi = landlock.abi()
+    except OSError as error:
+        abi = 0
+        lacks.append(f"Landlock (files) {landlock.missing(error)}")
+    if 0 < abi < landlock.COMPLETE_ABI:
+        lacks.append(f"Landlock is of ABI {abi} and does not know all that {landlock.COMPLETE_ABI} does")
+    return Mechanisms(reason is None, abi, tuple(lacks))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one kind of process is jailed. Whoever is forked after it was made can enter it."""
+
+    needs: Needs | None
+    limits: tuple[Limit, ...] = ()
+    ruleset: Ruleset | None = None
+    program: Program | None = None
+    abi: int = 0
+
+    def enter(self) -> None:
+        """Takes effect in this process, which has one thread, for good. LguestError if the host refuses after all."""
+        if self.needs is None:
+            return
+        try:
+            privileges.forbid_new()
+            if self.ruleset is not None:
+                self.ruleset.enter()
+            limits.lower(self.limits)
+            privileges.drop_all()
+            if self.program is not None:
+                self.program.install()
+        except (OSError, ValueError) as error:
+            raise LguestError(f"cannot enter the jail: {error}; --jail=off does without") from error
+
+    def describe(self, files: tuple[int, ...] = ()) -> dict[str, Any]:
+        """What ``report.py`` goes by, of values that JSON has. ``files``: what else the process was left."""
+        if self.needs is None:
+            return OFF
+        return {
+            "on": True,
+            "files": sorted({0, 1, 2, *files}),
+            "opens": self.needs.more_files,
+            "limits": {limit.name: limit.value for limit in self.limits},
+            "landlock": self.abi,
+            "directories": list(self.needs.directories),
+            "calls": None if self.program is None else [str(call) for call in _allowed(self.needs)],
+        }
+
+
+@dataclass
+class Jail:
+    """What the supervisor has of it: :attr:`lacks`, and a plan for whom it forks. ``on``: --jail."""
+
+    on: bool = True
+    _mechanisms: Mechanisms = field(init=False)
+    _plans: dict[Needs | None, Plan] = field(init=False, default_factory=lambda: {None: Plan(None)})
+
+    def __post_init__(self) -> None:
+        self._mechanisms = detect() if self.on else Mechanisms(seccomp=False, landlock=0)
+        #: Of this process, from which all others are forked, when everything is loaded that it will need.
+        self._memory = limits.memory()
+
+    @property
+    def lacks(self) -> str | None:
+        """What this host lacks, as a line for the user; None: nothing."""
+        if not self._mechanisms.lacks:
+            return None
+        return f"the guest's processes are jailed less well: {'; '.join(self._mechanisms.lacks)} (docs/jail.md)"
+
+    def plan(self, needs: Needs | None) -> Plan:
+        """How a process with these needs is jailed; None: it is not. The same plan every time."""
+        if needs is None or not self.on:
+            return self._plans[None]
+        if needs not in self._plans:
+            self._plans[needs] = self._make(needs)
+        return self._plans[needs]
+
+    def _make(self, needs: Needs) -> Plan:
+        abi = self._mechanisms.landlock
+        return Plan(
+            needs,
+            limits.of(needs, self._memory),
+            Ruleset(abi, needs.directories) if abi else None,
+            seccomp.assemble(_allowed(needs), calls.REFUSED) if self._mechanisms.seccomp else None,
+            abi,
+        )
+
+
+def _allowed(needs: Needs) -> tuple[calls.Call, ...]:
+    return (*calls.COMMON, *(calls.THREADS if needs.threads else ()), *needs.calls)
