@@ -8,16 +8,13 @@ Each limit is lowered for good. Where a process has less already, that stays.
   numbers. poll(2) takes as many descriptors as the limit allows to have. Who opens some itself gets room for all that
   it may have inherited, too.
 - *A file's length*: no write reaches beyond it. A disk's worker could otherwise make the image grow until the host's
-  disk is full. The limit holds for every regular file, and so does not go together with standard error in one: then it
-  is left out.
+  disk is full.
 - *Memory*: what is private to the process and can be written, beyond what its supervisor had.
 """
 
 from __future__ import annotations
 
-import os
 import resource
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,10 +60,8 @@ def of(needs: Needs, memory: int | None) -> tuple[Limit, ...]:
 
 def lower(limits: tuple[Limit, ...]) -> None:
     """Takes effect in this process, for good. OSError, ValueError."""
-    keeps_log = stat.S_ISREG(os.fstat(2).st_mode)
     for limit in limits:
-        if limit.resource != resource.RLIMIT_FSIZE or not keeps_log:
-            resource.setrlimit(limit.resource, (limit.value, limit.value))
+        resource.setrlimit(limit.resource, (limit.value, limit.value))
 
 
 def memory() -> int | None:

@@ -158,7 +158,13 @@ class Guest:
             self._control = Control(self._claim.listener, self._claim.owner, self._loop, self._facts())
 
     def _facts(self) -> Facts:
-        return Facts(self._resources, self._devices, self, self._reboots, Offers(self._resources.log, self.attach))
+        return Facts(
+            self._resources,
+            self._devices,
+            self,
+            self._reboots,
+            Offers(self._resources.log, self.attach, self.report_jail),
+        )
 
     def _channel_pair(self) -> tuple[socket.socket, socket.socket]:
         ours, theirs = protocol.channel_pair()
@@ -406,6 +412,21 @@ class Guest:
         members = [("supervisor", os.getpid()), *((child.name, child.pid) for child in self._children())]
         for line in processes.table(members):
             self._resources.log.say(line)
+
+    def report_jail(self) -> list[dict[str, str]]:
+        """What each process of the guest may not do, and how that is known: fields of JailRow by their names."""
+        from lguest_mp.jail.plan import OFF  # noqa: PLC0415 -- when somebody asks
+        from lguest_mp.jail.report import report  # noqa: PLC0415
+
+        found = []
+        if self._machine is not None:
+            plan = self._machine_plan.describe(tuple(self._machine_files()))
+            found.append((self._machine.name, self._machine.pid, plan))
+        for served in self._devices.served:
+            found += [(each.child.name, each.child.pid, each.jail) for each in served.workers()]
+            if (helper := served.port.device.helper) is not None:
+                found.append((helper.name, helper.pid, OFF))
+        return [row for each in found for row in report(*each)]
 
     # ---- The end ----
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lguest_mp import protocol, worker
 from lguest_mp.errors import LguestError
@@ -78,6 +78,8 @@ class Worker:
     reports: socket.socket
     #: How much the queue's workers had completed when this one began.
     requests_before: int
+    #: How it is jailed (``Plan.describe``).
+    jail: dict[str, Any]
     life: WorkerLife = WorkerLife.STARTING
     #: Kills it when it was told to end and does not.
     deadline: Timer | None = None
@@ -135,29 +137,34 @@ class Workers:
         except OSError as error:
             raise LguestError(f"cannot make a channel for {name}: {error.strerror}") from error
         plan = self._resources.jail.plan(post.device.needs(post.queue))
+        files = self._files(post, theirs.fileno())
         account = post.account.account()
         post.account.fields[ledger.PHASE] = ledger.Phase.SERVING
         with theirs:
             try:
                 with post.account.inherited():
-                    body = partial(self._be_worker, post, assignment, theirs, plan)
+                    body = partial(self._be_worker, post, assignment, theirs, plan, files)
                     child = children.fork(name, body, Ear(self._loop, self._resources.log))
             except BaseException:
                 ours.close()
                 raise
-        each = self._all[post] = Worker(post, child, ours, account.requests)
+        each = self._all[post] = Worker(post, child, ours, account.requests, plan.describe(files))
         self._loop.watch(ours.fileno(), lambda: self._on_report(each))
         self._loop.watch(child.pidfd, lambda: self._on_exit(each))
         self._verbose(f"{name} is process {child.pid}")
         return each
 
-    def _be_worker(self, post: Post, assignment: Assignment, channel: socket.socket, plan: Plan) -> int:
+    def _files(self, post: Post, channel: int) -> tuple[int, ...]:
+        """What a worker keeps open."""
+        watched = () if self._watches is None else tuple(self._watches.worker_files(post.number))
+        return (post.kick, post.call, channel, *post.device.files_of(post.queue), *watched)
+
+    def _be_worker(
+        self, post: Post, assignment: Assignment, channel: socket.socket, plan: Plan, files: tuple[int, ...]
+    ) -> int:
         """The body of a worker process; its exit status."""
         device, watches = post.device, self._watches
-        keep = [post.kick, post.call, channel.fileno(), *device.files_of(post.queue)]
-        if watches is not None:
-            keep += watches.worker_files(post.number)
-        children.keep_only(keep, self._resources.null)
+        children.keep_only(files, self._resources.null)
         self._naming.take(post.name, post.name)
         plan.enter()
         make_queue, memory = self._resources.parts.make_queue, self._resources.memory

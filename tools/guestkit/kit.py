@@ -61,5 +61,5 @@ class GuestKit:
 
     def fetch(self) -> None:
         """Fetches all of it now."""
-        for part in (self.kernel, self.busybox, self.sysroot, self.slirp.directory, self.qemu.command):
+        for part in (self.kernel, self.busybox, self.sysroot, self.slirp.directory):
             assert part
