@@ -28,26 +28,6 @@ if TYPE_CHECKING:
     from lguest_mp.supervisor.resources import Resources
 
 
-class Log(Protocol):
-    """What the launcher said (see :class:`lguest_mp.supervisor.control.Subject`)."""
-
-    def entries(self, source: str | None, last: int) -> Sequence[Entry]: ...
-    def subscribe(self, callback: Callable[[Entry], None]) -> Callable[[], None]: ...
-
-
-@dataclass(frozen=True)
-class Offers:
-    """What a launcher may have for lguestctl beside the guest itself; None: it has not.
-
-    ``log``: what was said. ``attach``: the console, for one more person. ``jail_report``: what the guest's processes
-    may not do, a row each, as the fields of :class:`JailRow` by their names.
-    """
-
-    log: Log | None = None
-    attach: Callable[[], Attachment] | None = None
-    jail_report: Callable[[], list[dict[str, str]]] | None = None
-
-
 class Whole(Protocol):
     """The guest, as far as it is not in its devices (see :class:`lguest_mp.supervisor.guest.Guest`)."""
 
@@ -56,7 +36,10 @@ class Whole(Protocol):
     @property
     def cpu(self) -> Child | None: ...
     def end(self, how: Ending) -> None: ...
+    def attach(self) -> Attachment: ...
     def resize(self, columns: int, rows: int) -> None: ...
+    def report_jail(self) -> list[dict[str, str]]:
+        """What its processes may not do, a row each: the fields of :class:`JailRow` by their names."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +50,6 @@ class Facts:
     devices: Devices
     whole: Whole
     reboots: int
-    offers: Offers
     started: float = field(default_factory=time.time)
 
     # ---- What there is ----
@@ -100,10 +82,8 @@ class Facts:
                 yield ProcessFacts(helper.name, served.name, None, helper.pid, "running")
 
     def jail(self) -> list[JailRow]:
-        """LguestError: this launcher cannot tell."""
-        if self.offers.jail_report is None:
-            raise LguestError("it cannot tell what its processes may not do")
-        return [JailRow(**row) for row in self.offers.jail_report()]
+        """What the guest's processes may not do."""
+        return [JailRow(**row) for row in self.whole.report_jail()]
 
     # ---- What one may do to it ----
 
@@ -139,28 +119,20 @@ class Facts:
     # ---- The console and the log ----
 
     def attach(self) -> Attachment:
-        """LguestError: this launcher does not share it."""
-        if self.offers.attach is None:
-            raise LguestError("its console is on its launcher's terminal only")
-        return self.offers.attach()
+        """LguestError: this guest has none that is shared."""
+        return self.whole.attach()
 
     def resize(self, columns: int, rows: int) -> None:
         """Tells the guest."""
         self.whole.resize(columns, rows)
 
     def entries(self, source: str | None, last: int) -> Sequence[Entry]:
-        """LguestError: this launcher keeps no log."""
-        return self._log.entries(source, last)
+        """What is kept of the log."""
+        return self.owned.log.entries(source, last)
 
     def subscribe(self, callback: Callable[[Entry], None]) -> Callable[[], None]:
-        """LguestError: this launcher keeps no log."""
-        return self._log.subscribe(callback)
-
-    @property
-    def _log(self) -> Log:
-        if self.offers.log is None:
-            raise LguestError("its launcher keeps no log; what it said is on its standard error")
-        return self.offers.log
+        """Has ``callback`` called with what is said from now on."""
+        return self.owned.log.subscribe(callback)
 
 
 def _queue(served: ServedDevice, queue: QueueService, name: str, restarted: Mapping[str, int]) -> ProcessFacts:

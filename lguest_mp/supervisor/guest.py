@@ -31,7 +31,7 @@ from lguest_mp.supervisor import children, ending, processes, resources
 from lguest_mp.supervisor.children import Ear
 from lguest_mp.supervisor.control import Control
 from lguest_mp.supervisor.devices import Devices, Listener, Request
-from lguest_mp.supervisor.facts import Facts, Offers
+from lguest_mp.supervisor.facts import Facts
 from lguest_mp.supervisor.log import Level
 from lguest_mp.supervisor.loop import Loop
 from lguest_mp.supervisor.signals import STOPPING
@@ -158,13 +158,7 @@ class Guest:
             self._control = Control(self._claim.listener, self._claim.owner, self._loop, self._facts())
 
     def _facts(self) -> Facts:
-        return Facts(
-            self._resources,
-            self._devices,
-            self,
-            self._reboots,
-            Offers(self._resources.log, self.attach, self.report_jail),
-        )
+        return Facts(self._resources, self._devices, self, self._reboots)
 
     def _channel_pair(self) -> tuple[socket.socket, socket.socket]:
         ours, theirs = protocol.channel_pair()

@@ -133,13 +133,22 @@ def test_a_device_that_is_reset_can_be_had_served_again(launch: Launch) -> None:
     launcher.wait_for("block0 is served again", PATIENCE)
 
 
+def test_what_its_processes_may_not_do(launch: Launch) -> None:
+    """Its workers are in jails; the machine of a test is not."""
+    launcher = launch("hang")
+    launcher.wait_until_up()
+    rows = [line.split() for line in do(launcher, "jail").splitlines()]
+    assert ["cpu", "jail", "NOT", "in", "force"] in [row[:5] for row in rows]
+    assert ["block0/requestq", "capabilities", "in", "force"] in [row[:4] for row in rows]
+    assert not [row for row in rows if row[0] == "block0/requestq" and "NOT" in row]
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
         (("restart", "test", "tape0"), "guest test: it has no device tape0; there is console, block0, mule0"),
         (("reset", "test", "block0/requestq"), "guest test: it has no device block0/requestq; there is console, "),
         (("restart", "test", "mule0"), "guest test: mule0 is not in use: the guest has no driver for it now"),
-        (("jail",), "guest test: it cannot tell"),
     ],
 )
 def test_what_cannot_be(launch: Launch, words: tuple[str, ...], reason: str) -> None:
