@@ -255,7 +255,7 @@ class Devices:
         """The driver has set the queue up: its first worker."""
         queue.assignment = assignment
         queue.post.account.open()
-        queue.worker = self._workers.fork(queue.post, assignment)
+        self._fill_gap(queue)
 
     def _close_queue(self, queue: QueueService) -> None:
         """The driver takes the queue back. Whoever waits for its worker's end looks at ``worker``."""
@@ -277,6 +277,7 @@ class Devices:
             self._fill_gap(queue)
 
     def _fill_gap(self, queue: QueueService) -> None:
+        """A worker, now; a host that cannot is asked again, and the guest waits as for a slow device."""
         queue.gap = None
         if queue.assignment is None:
             return

@@ -78,8 +78,8 @@ class Worker:
     reports: socket.socket
     #: How much the queue's workers had completed when this one began.
     requests_before: int
-    #: How it is jailed (``Plan.describe``).
-    jail: dict[str, Any]
+    plan: Plan
+    files: tuple[int, ...]
     life: WorkerLife = WorkerLife.STARTING
     #: Kills it when it was told to end and does not.
     deadline: Timer | None = None
@@ -87,6 +87,11 @@ class Worker:
     broken: str = "the driver broke the virtio standard"
     #: Why it was killed, if it was found stuck.
     verdict: str | None = None
+
+    @property
+    def jail(self) -> dict[str, Any]:
+        """How it is jailed (``Plan.describe``)."""
+        return self.plan.describe(self.files)
 
     @property
     def was_fruitful(self) -> bool:
@@ -148,7 +153,7 @@ class Workers:
             except BaseException:
                 ours.close()
                 raise
-        each = self._all[post] = Worker(post, child, ours, account.requests, plan.describe(files))
+        each = self._all[post] = Worker(post, child, ours, account.requests, plan, files)
         self._loop.watch(ours.fileno(), lambda: self._on_report(each))
         self._loop.watch(child.pidfd, lambda: self._on_exit(each))
         self._verbose(f"{name} is process {child.pid}")
