@@ -6,10 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
+from guestkit.attached import Attached
 from guestkit.guest import Guest, Launch
 from guestkit.kit import GuestKit
+from guestkit.session import PATIENCE
 
 
 def press_interrupt_three_times(guest: Guest) -> None:
@@ -97,3 +101,47 @@ def test_the_end_of_input_is_not_the_end_of_the_guest(kit: GuestKit, initrd: Pat
         rest = launcher.stdout.read()
     assert "still here" in rest
     assert launcher.returncode == 0
+
+
+def test_who_is_attached_types_to_the_serial_port_until_the_console_is_ready_and_sees_both(launch: Launch) -> None:
+    guest = launch(arguments=("quiet", "agent=ttyS0", "load=virtio_pci"))
+    guest.boot("ttyS0")
+    with Attached(guest.pid) as person:
+        person.wait_for(rb"^init: started\r*$[^@]*^agent: ready on ttyS0\r*$")
+        person.type("run 1 tty\n")
+        person.wait_for(rb"^/dev/ttyS0\r*$[^@]*^@1 0\r*$")
+        person.type("run 2 console_driver bind; agent hvc0\n")
+        person.wait_for(rb"^agent: ready on hvc0\r*$")
+        person.type("run 3 tty\n")
+        person.wait_for(rb"^/dev/hvc0\r*$[^@]*^@3 0\r*$")
+        for _ in range(3):
+            person.type("\x03")
+        person.type("run 4 echo alive\n")
+        person.wait_for(rb"^alive\r*$")
+    with Attached(guest.pid) as another:
+        another.wait_for(rb"^alive\r*$")
+    assert another.seen.startswith(person.seen[: person.seen.index(b"alive")])
+    guest.power_off()
+
+
+def test_what_nobody_is_in_front_of_can_be_attached_to(kit: GuestKit, initrd: Path) -> None:
+    command = [sys.executable, "-m", "lguest_mp", f"--initrd={initrd}", "128", str(kit.kernel.image), "quiet"]
+    null = subprocess.DEVNULL
+    with subprocess.Popen(command, stdin=null, stdout=null) as launcher, ExitStack() as people:
+        people.callback(launcher.kill)
+        wait_until(lambda: Path(f"/proc/{launcher.pid}/comm").read_text() == "lguest\n")
+        person = people.enter_context(Attached(launcher.pid))
+        person.wait_for(rb"^agent: ready on hvc0\r*$")
+        person.type("run 1 seq 20000\n")
+        person.wait_for(rb"^@1 0\r*$")
+        text = person.seen.replace(b"\r", b"")
+        assert b"\n".join(b"%d" % number for number in range(1, 20001)) in text
+        person.type("run 2 poweroff -f\n")
+        assert launcher.wait() == 0
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

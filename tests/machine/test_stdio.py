@@ -9,12 +9,15 @@ import tempfile
 import termios
 import tty
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import pytest
 
+from lguest_mp.line import Line
 from lguest_mp.machine.eventloop import EventLoop
 from lguest_mp.machine.stdio import StandardInput, StandardOutput
+from lguest_mp.screen import ScreenReader, Track
 
 CONTROL_C = b"\x03"
 
@@ -158,6 +161,67 @@ def test_a_backlog_has_an_end(loop: EventLoop, pipe: Pipe) -> None:
     except BlockingIOError:
         output.close()
     assert total == 1 << 16
+
+
+# Those who are attached
+
+
+@pytest.fixture
+def line() -> Iterator[Line]:
+    with closing(Line()) as line:
+        yield line
+
+
+def shown(line: Line) -> bytes:
+    return ScreenReader(line.attach().screen).read_new()
+
+
+def test_output_is_on_the_screen_whether_or_not_the_terminal_takes_it(loop: EventLoop, pipe: Pipe, line: Line) -> None:
+    output = StandardOutput(pipe.writer, loop, line.writer(Track.SERIAL))
+    fill(pipe.writer)
+    for byte in b"stuck":
+        output.put(byte)
+    assert output.busy
+    assert shown(line) == b"stuck"
+    pipe.close(pipe.reader)
+    while output.busy:
+        loop.step(None)
+    for byte in b", gone":
+        output.put(byte)
+    assert shown(line) == b"stuck, gone", "and each byte once"
+    output.close()
+
+
+def test_keys_are_taken_as_the_guest_wants_them_and_three_control_c_are_three_keys(loop: EventLoop, line: Line) -> None:
+    receiver = Receiver(wanted=False)
+    source = connect(line.keys, loop, receiver)
+    source.take()
+    keys = line.attach().keys
+    os.write(keys, CONTROL_C)
+    loop.step()
+    assert receiver.data == b""
+    receiver.wanted = True
+    for _ in range(3):
+        source.resume()
+        loop.step(None)
+        os.write(keys, CONTROL_C)
+    assert receiver.data == CONTROL_C * 3
+    assert receiver.interrupts == 0
+
+
+def test_keys_are_somebody_elses_after_release(loop: EventLoop, line: Line) -> None:
+    receiver = Receiver()
+    source = connect(line.keys, loop, receiver)
+    source.take()
+    source.release()
+    os.write(line.attach().keys, b"for the console")
+    loop.step()
+    assert receiver.data == b""
+    assert os.read(line.keys, 100) == b"for the console"
+    source.take()
+    os.write(line.attach().keys, b"ours again")
+    loop.step(None)
+    assert receiver.data == b"ours again"
 
 
 # Input
