@@ -42,6 +42,17 @@ class TestReading:
         assert found.read_new() == b" and after"
         assert reader(line).read_new() == b"before us and after"
 
+    def test_bytes_one_by_one_are_the_same_also_where_the_ring_begins_anew(self, line: Line) -> None:
+        serial, console = line.writer(Track.SERIAL), line.writer(Track.CONSOLE)
+        found = reader(line)
+        serial.append(b"x" * (RING - 2))
+        found.read_new()
+        console.append(b"other ")
+        for byte in b"bytes":
+            serial.append_byte(byte)
+        console.append(b" other")
+        assert found.read_new() == b"other bytes other"
+
     def test_only_the_last_is_kept(self, line: Line) -> None:
         writer = line.writer(Track.CONSOLE)
         text = os.urandom(3 * RING)
@@ -121,7 +132,8 @@ class TestNews:
     def test_a_counter_that_is_used_up_holds_nobody_up(self, line: Line) -> None:
         os.eventfd_write(line.attach().news, (1 << 64) - 2)
         line.writer(Track.CONSOLE).append(b"still")
-        assert reader(line).read_new() == b"still"
+        line.writer(Track.SERIAL).append_byte(ord("!"))
+        assert reader(line).read_new() == b"still!"
 
 
 class TestLiars:

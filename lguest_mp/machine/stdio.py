@@ -60,7 +60,7 @@ class StandardOutput:
     def put(self, byte: int) -> None:
         """Sends one byte, or keeps it until that is possible. Never waits."""
         if self._screen is not None:
-            self._screen.append(self._bytes[byte])
+            self._screen.append_byte(byte)
         if not self.busy and self._writable.poll(0):
             self._write(byte)
             return
