@@ -14,9 +14,12 @@ from lguest_mp.jail.needs import Needs
 _FILES = 16
 
 
-def of_machine(engine: tuple[Call, ...], memory: int) -> Needs:
-    """Those of a machine whose engine makes these calls and takes ``memory`` bytes: two threads, events, a terminal."""
-    return Needs((*EVENTS, *engine), more_files=_FILES, longest_file=None, memory=memory, threads=True)
+def of_machine(engine: tuple[Call, ...], memory: int, files: int = 0) -> Needs:
+    """Those of a machine whose engine makes these calls and takes ``memory`` bytes, and ``files``.
+
+    It has threads, events, a terminal.
+    """
+    return Needs((*EVENTS, *engine), more_files=_FILES + files, longest_file=None, memory=memory, threads=True)
 
 
 #: The embedded CPU: translated code (TRANSLATION_BYTES) and what is kept about it, fences across threads. How much

@@ -159,6 +159,10 @@ def ioctls(*requests: tuple[int, str]) -> tuple[Call, ...]:
 
 
 _NOT_EXECUTABLE = Check(2, 0, "not PROT_EXEC", mmap.PROT_EXEC)
+#: Shared and stack memory is not counted against RLIMIT_DATA, and so could be had without end.
+_MAP_GROWSDOWN = 0x100
+_COUNTED = Check(3, 0, "private", mmap.MAP_SHARED | _MAP_GROWSDOWN)
+_OF_A_FILE = Check(3, mmap.MAP_SHARED, "of a file", mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _MAP_GROWSDOWN)
 _OURSELVES = Check(0, None, "itself")
 #: include/uapi/linux/futex.h: the commands without FUTEX_PRIVATE_FLAG and FUTEX_CLOCK_REALTIME.
 _FUTEX_COMMAND = ~(128 | 256) & _INT
@@ -171,10 +175,12 @@ _TCGETS2 = 0x802C542A
 #: reaches anything that the process does not have; nothing makes memory executable.
 COMMON = (
     *plain("read", "write", "poll", "close", "fstat"),
+    # The C library's last words, as of a heap that was written over.
+    Call("writev", (Check(0, 2, "standard error"),)),
     # To whom a socket is connected, and nobody else; without a message's control part, that is, without files in it.
     Call("sendto", (Check(4, 0, "no address", _LONG),)),
     *plain("recvfrom"),
-    Call("mmap", (_NOT_EXECUTABLE,)),
+    Call("mmap", (_NOT_EXECUTABLE, _COUNTED)),
     Call("mprotect", (_NOT_EXECUTABLE,)),
     *plain("munmap", "mremap", "madvise", "brk"),
     *(Call("futex", (Check(1, value, words, _FUTEX_COMMAND),)) for value, words in _FUTEXES),
@@ -202,14 +208,19 @@ THREADS = (
     *plain("set_robust_list", "rseq"),
     *one_of("prctl", 0, [(_PR_SET_NAME, "PR_SET_NAME")]),
 )
+#: For who maps a file that it holds: Python keeps a copy of the descriptor.
+MAPPING = (
+    Call("mmap", (_NOT_EXECUTABLE, _OF_A_FILE)),
+    *one_of("fcntl", 1, [(fcntl.F_DUPFD_CLOEXEC, "F_DUPFD_CLOEXEC")]),
+)
 #: The machine's event loop, which makes its descriptors itself, and its end of the serial port.
 EVENTS = (
     *plain("epoll_create1", "epoll_ctl", "epoll_wait", "epoll_pwait"),
     *plain("eventfd2", "timerfd_create", "timerfd_settime"),
-    *one_of("fcntl", 1, [(fcntl.F_DUPFD_CLOEXEC, "F_DUPFD_CLOEXEC")]),
+    *MAPPING,
 )
 #: Memory that can be executed: for who translates the guest's code, or is called back by C (libffi).
-CODE = plain("mmap", "mprotect")
+CODE = (Call("mmap", (_COUNTED,)), *plain("mprotect"))
 
 #: include/uapi/linux/prctl.h, "VMA": names for memory, which newer allocators give where the kernel has such.
 _PR_SET_VMA = 0x53564D41
@@ -232,7 +243,5 @@ REFUSED = (
     *(Refusal(call, errno.EINVAL) for call in one_of("prctl", 0, [(_PR_SET_VMA, "PR_SET_VMA")])),
 )
 
-#: For who maps a file: Python keeps a copy of the descriptor.
-MAPPING = one_of("fcntl", 1, [(fcntl.F_DUPFD_CLOEXEC, "F_DUPFD_CLOEXEC")])
 #: For who waits in the shell's background (virtio/console.py).
 JOB_CONTROL = (*plain("getpgrp"), *ioctls((termios.TIOCGPGRP, "TIOCGPGRP")))

@@ -74,8 +74,9 @@ class _Seen:
         self._limits = {line[:26].strip(): tuple(line[26:].split()[:2]) for line in self._lines("limits")[1:]}
 
     def _lines(self, name: str) -> list[str]:
+        # A process may call itself by any bytes.
         try:
-            return (self._place / name).read_text().splitlines()
+            return (self._place / name).read_bytes().decode("ascii", "replace").split("\n")
         except OSError:
             return []
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Sequence
 
 from lguest_mp.config import GuestConfig
 from lguest_mp.cpu.engine import EntryState
 from lguest_mp.cpu.kvm.engine import KvmEngine
+from lguest_mp.cpu.kvm.needs import STACK
 from lguest_mp.machine.lock import BoardLock
 from lguest_mp.machine.pc import Pc
 from lguest_mp.machine.wiring import DevicePort
@@ -28,6 +30,7 @@ def run_machine(  # noqa: PLR0917 -- what a machine consists of
     events: socket.socket,
 ) -> None:
     """Runs the guest on the KVM behind ``file``, and tells the supervisor how it ended. LguestError."""
+    threading.stack_size(STACK)
     engine = KvmEngine(file, memory, config.cpus)
     pc = KvmPc(engine, devices, requests, events, input_fd=0, output_fd=1)
     pc.run(engine, entry)

@@ -30,6 +30,7 @@ from lguest_mp.virtio.rng import Rng
 
 _libc = ctypes.CDLL(None, use_errno=True)
 SYS_PROCESS_VM_WRITEV, SYS_PIDFD_OPEN, SYS_IO_URING_SETUP, SYS_BPF, SYS_USERFAULTFD = 311, 434, 425, 321, 323
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 PTRACE_ATTACH, CLONE_NEWUSER = 16, 0x1000_0000
 
 
@@ -234,12 +235,12 @@ def test_nobody_can(plan: Plan, attempt: Callable[[], None], expected: str) -> N
 
 @pytest.mark.parametrize("plan", WORKERS, indirect=True)
 def test_a_worker_cannot_have_new_code(plan: Plan) -> None:
-    assert fate(plan, lambda: mmap.mmap(-1, PAGE_SIZE, prot=mmap.PROT_READ | mmap.PROT_EXEC)) == FATAL
+    assert fate(plan, lambda: mmap.mmap(-1, PAGE_SIZE, PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)) == FATAL
 
 
 def test_the_machine_can_since_it_translates_the_guests(jail: Jail) -> None:
     plan = jail.plan(engines.EMBEDDED)
-    assert fate(plan, lambda: mmap.mmap(-1, PAGE_SIZE, prot=mmap.PROT_READ | mmap.PROT_EXEC)) == "did it"
+    assert fate(plan, lambda: mmap.mmap(-1, PAGE_SIZE, PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)) == "did it"
 
 
 @pytest.mark.parametrize("plan", WORKERS, indirect=True)
@@ -257,6 +258,17 @@ def test_a_worker_cannot_take_much_memory(plan: Plan) -> None:
             raise OSError(errno.ENOMEM, "") from error
 
     assert fate(plan, attempt) == "ENOMEM"
+
+
+@pytest.mark.parametrize("plan", EVERYBODY, indirect=True)
+@pytest.mark.parametrize("flags", [mmap.MAP_SHARED, mmap.MAP_PRIVATE | 0x100], ids=["shared", "growing down"])
+def test_nobody_can_take_memory_that_is_not_counted(plan: Plan, flags: int) -> None:
+    assert fate(plan, lambda: mmap.mmap(-1, PAGE_SIZE, flags=flags | mmap.MAP_ANONYMOUS)) == FATAL
+
+
+@pytest.mark.parametrize("plan", EVERYBODY, indirect=True)
+def test_the_c_librarys_last_words_are_heard(plan: Plan) -> None:
+    assert fate(plan, lambda: os.writev(2, [b"malloc(): corrupted top size"])) == "did it"
 
 
 def test_a_disks_worker_cannot_write_beyond_the_disk(jail: Jail, disk: Block) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+from pathlib import Path
 
 import pytest
 from prisoner import fate
 
+from lguest_mp import prctl
 from lguest_mp.jail import Jail, landlock, seccomp
 from lguest_mp.jail.needs import Needs
 from lguest_mp.jail.report import report
@@ -72,6 +75,15 @@ def test_what_is_not_in_force_is_told() -> None:
     found = states(Jail())
     assert found["no new privileges"] == "NOT in force"
     assert found["limit: open files"] == "NOT in force"
+
+
+def test_a_process_with_an_impossible_name_is_reported() -> None:
+    name = Path("/proc/self/comm").read_bytes().rstrip(b"\n")
+    try:
+        ctypes.CDLL(None).prctl(prctl.PR_SET_NAME, b"\xff\xfe\n\r", 0, 0, 0)
+        assert states(Jail())["capabilities"] in {"in force", "NOT in force"}
+    finally:
+        ctypes.CDLL(None).prctl(prctl.PR_SET_NAME, name, 0, 0, 0)
 
 
 def test_a_plan_is_made_once() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lguest_mp.cpu.kvm import api
 from lguest_mp.cpu.needs import of_machine
 from lguest_mp.jail.calls import ioctls
+from lguest_mp.machine.layout import MAX_CPUS
 
 _REQUESTS = (
     *("KVM_CREATE_VM", "KVM_CHECK_EXTENSION", "KVM_GET_VCPU_MMAP_SIZE", "KVM_GET_SUPPORTED_CPUID"),
@@ -14,5 +15,13 @@ _REQUESTS = (
     *("KVM_SET_CPUID2", "KVM_GET_MP_STATE", "KVM_GET_TSC_KHZ", "KVM_GET_API_VERSION"),
 )
 
-#: A virtual machine and its processors are files of their own.
-KVM = of_machine(ioctls(*((getattr(api, name), name) for name in _REQUESTS)), memory=256 << 20)
+#: A thread's stack (``machine/kvm_process.py``), and what else it takes; each processor has one.
+STACK = 1 << 20
+_THREAD = STACK + (256 << 10)
+#: A virtual machine and its processors are files of their own; and a processor's is mapped.
+_FILES = 1 + 2 * MAX_CPUS
+KVM = of_machine(
+    ioctls(*((getattr(api, name), name) for name in _REQUESTS)),
+    memory=(128 << 20) + MAX_CPUS * _THREAD,
+    files=_FILES,
+)
