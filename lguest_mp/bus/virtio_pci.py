@@ -168,6 +168,8 @@ class DeviceState(Enum):
 
 
 _ALIVE = frozenset({DeviceState.STARTING, DeviceState.RUNNING})
+#: Its queues are known to those who serve it; who mends a broken device has to know what became of them.
+_SET_UP = frozenset({DeviceState.RUNNING, DeviceState.BROKEN})
 
 
 class DeviceControl(Protocol):
@@ -522,7 +524,7 @@ class VirtioPciFunction(PciFunction):
     def _enable_queue(self, index: int) -> None:
         queue = self._queues[index]
         queue.enabled = True
-        if self.state is DeviceState.RUNNING:
+        if self.state in _SET_UP:
             self._control.start_queue(index, self._driver_features, queue.layout())
             with self._lock:
                 self._update_shortcuts()
@@ -531,7 +533,7 @@ class VirtioPciFunction(PciFunction):
         """The driver takes one queue back; its registers are as after a reset (2.6.1, 4.1.4.3.1)."""
         self._queues[index] = _Queue()
         self._set_vector(index, NO_VECTOR)
-        if self.state is DeviceState.RUNNING:
+        if self.state in _SET_UP:
             self._control.reset_queue(index)
 
     # What happens outside

@@ -42,9 +42,12 @@ class Child:
     pidfd: int
     #: What it writes to standard error; None: it has ours.
     complaints: Complaints | None = None
+    is_reaped: bool = False
 
     def signal(self, signum: signal.Signals) -> None:
         """Sends it a signal; does nothing if it has ended."""
+        if self.is_reaped:  # its pidfd may be another's by now
+            return
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signum)
 
@@ -62,6 +65,7 @@ class Child:
     def reap(self) -> int:
         """Waits for its end, takes its last words, and forgets it; the status as of wait(2)."""
         _, status = os.waitpid(self.pid, 0)
+        self.is_reaped = True
         os.close(self.pidfd)
         if self.complaints is not None:
             self.complaints.finish()
@@ -180,6 +184,7 @@ def end_all(children: Sequence[Child], grace: float) -> None:
             child.reap()
         else:
             say(f"{child.name} waits for the host and cannot be ended; it is left behind")
+            child.is_reaped = True
             os.close(child.pidfd)
 
 

@@ -227,6 +227,7 @@ class Devices:
         if served.life is DeviceLife.SERVED:
             self._open_queue(queue, assignment)
         else:
+            queue.post.account.open()
             queue.assignment = assignment
         return Request(served.all_serve)
 

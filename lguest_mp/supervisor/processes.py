@@ -26,7 +26,7 @@ def look_at(name: str, pid: int) -> Sample:
     """What can be known about one process now."""
     try:
         import psutil  # noqa: PLC0415
-    except ImportError:
+    except (ImportError, OSError):  # another root directory; no files left to read it
         return Sample(name, pid)
     try:
         process = psutil.Process(pid)

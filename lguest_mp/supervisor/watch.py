@@ -102,7 +102,10 @@ def _has_work(each: Worker) -> bool:
 
 def _is_stopped(each: Worker) -> bool:
     """Whether it is stopped by a signal (or a debugger) now. Works without /proc, for a parent."""
-    told = os.waitid(os.P_PIDFD, each.child.pidfd, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
+    try:
+        told = os.waitid(os.P_PIDFD, each.child.pidfd, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # it has ended in this moment
+        return False
     return told is not None
 
 

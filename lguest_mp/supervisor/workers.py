@@ -185,7 +185,7 @@ class Workers:
     def stop(self, each: Worker, life: WorkerLife = WorkerLife.STOPPING) -> None:
         """Tells a worker to end: for good, or (LEAVING) to be replaced. Its end is heard of like any other."""
         if each.life not in {WorkerLife.STOPPING, WorkerLife.LEAVING}:
-            each.deadline = self._loop.later(self._grace, lambda: each.child.signal(signal.SIGKILL))
+            self._set_deadline(each, lambda: each.child.signal(signal.SIGKILL))
             each.child.end()
         if each.life is not WorkerLife.STOPPING:
             each.life = life
@@ -195,7 +195,13 @@ class Workers:
         if each.verdict is None:
             each.verdict = verdict
             each.child.signal(signal.SIGKILL)
-            each.deadline = self._loop.later(self._grace, lambda: self._on_undead(each))
+            self._set_deadline(each, lambda: self._on_undead(each))
+
+    def _set_deadline(self, each: Worker, react: Callable[[], None]) -> None:
+        """What is done if a worker has not ended in time; instead of what was to be done before."""
+        if each.deadline is not None:
+            each.deadline.cancel()
+        each.deadline = self._loop.later(self._grace, react)
 
     def _on_undead(self, each: Worker) -> None:
         text = f"{each.child.name} does not even die; its queue waits for the host"

@@ -346,6 +346,7 @@ class _Receiver:
 
     def _lose(self, kind: str, reason: str) -> None:
         """A frame is lost. Those before it must not wait until the wire, perhaps full of such, has nothing more."""
+        self._queue.forget_taken()
         self._losses.note(kind, reason)
         self._lost += 1
         if self._lost % _MOST_LOST == 0:

@@ -219,7 +219,8 @@ def test_a_device_can_break_while_it_is_being_started(rig: Rig) -> None:
     assert rig.status & DeviceStatus.NEEDS_RESET
 
 
-def test_a_broken_device_asks_for_nothing_but_its_reset(rig: Rig) -> None:
+def test_what_becomes_of_a_broken_devices_queues_is_told_and_no_more(rig: Rig) -> None:
+    """Somebody may mend it, and must not serve a queue where it was."""
     rig.run()
     rig.function.broken()
     asked = len(rig.control.asked)
@@ -227,7 +228,7 @@ def test_a_broken_device_asks_for_nothing_but_its_reset(rig: Rig) -> None:
     rig.write(Common.QUEUE_RESET, 2, 1)
     rig.write(Common.QUEUE_ENABLE, 2, 1)
     rig.set_status(OK)
-    assert len(rig.control.asked) == asked
+    assert [what for what, *_ in rig.control.asked[asked:]] == ["reset_queue", "start_queue"]
 
 
 def test_a_device_that_is_mended_goes_on_and_both_sides_look(rig: Rig) -> None:
