@@ -10,7 +10,7 @@ the answer, the last of which is :class:`Done` or :class:`Refused`:
 ========================  ===================================================================================
 :class:`Describe`         one :class:`GuestFacts`, and :class:`ProcessFacts` for each process
 :class:`ReadLog`          a :class:`LogLine` each; with ``follow`` it never ends
-:class:`ListJail`         a :class:`JailRow` each
+:class:`ListJail`         a :class:`ProcessJail` each
 :class:`Attach`           one :class:`Attached`, which brings three file descriptors (SCM_RIGHTS)
 :class:`Resize`           nothing; the size of the terminal of whoever is attached
 :class:`Restart`,
@@ -174,13 +174,12 @@ class LogLine:
 
 
 @dataclass(frozen=True)
-class JailRow:
-    """One restriction of one process: what it is, whether it is in force (``state``), and what is to be known of it."""
+class ProcessJail:
+    """How one process was to be jailed when it was forked: its ``plan``, as ``jail/report.py`` goes by it."""
 
     process: str
-    restriction: str
-    state: str
-    detail: str
+    pid: int
+    plan: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -207,7 +206,7 @@ class Goodbye:
     reboots: bool
 
 
-Answer: TypeAlias = Welcome | GuestFacts | ProcessFacts | LogLine | JailRow | Attached | Done | Refused | Goodbye
+Answer: TypeAlias = Welcome | GuestFacts | ProcessFacts | LogLine | ProcessJail | Attached | Done | Refused | Goodbye
 
 #: How many file descriptors come with :class:`Attached`.
 ATTACHED_FILES = 3
@@ -261,5 +260,7 @@ def _checked(annotation: str, value: Any) -> Any:
         case "bool" if type(value) is bool:
             return value
         case "str" if type(value) is str:
+            return value
+        case "dict[str, Any]" if type(value) is dict:
             return value
     raise ControlError(f"{value!r:.80} is no {annotation}")

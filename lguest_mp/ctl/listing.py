@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from lguest_mp.control import JailRow, ListJail
+from lguest_mp.control import ListJail, ProcessJail
 from lguest_mp.ctl import samples, tables
 from lguest_mp.ctl.client import Description
+from lguest_mp.jail.report import report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,6 +82,7 @@ def _process_row(process: Process, *, more: bool) -> Sequence[str]:
 def list_jail(place: Place, name: str) -> list[str]:
     """A line for each restriction of each process."""
     with place.connect(name) as connection:
-        rows = connection.ask(ListJail(), JailRow)
+        jails = connection.ask(ListJail(), ProcessJail)
+    rows = [row for each in jails for row in report(each.process, each.pid, each.plan)]
     header = ("PROCESS", "RESTRICTION", "STATE", "DETAIL")
-    return tables.columns(header, [(row.process, row.restriction, row.state, row.detail) for row in rows])
+    return tables.columns(header, [tuple(row[column.lower()] for column in header) for row in rows])

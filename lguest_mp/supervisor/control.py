@@ -51,7 +51,7 @@ from lguest_mp.control import (
 from lguest_mp.errors import LguestError
 
 if TYPE_CHECKING:
-    from lguest_mp.control import Answer, GuestFacts, JailRow, ProcessFacts, Request
+    from lguest_mp.control import Answer, GuestFacts, ProcessFacts, ProcessJail, Request
     from lguest_mp.supervisor.loop import Loop
 
 MAX_CLIENTS = 16
@@ -98,8 +98,8 @@ class Subject(Protocol):
 
     def guest(self) -> GuestFacts: ...
     def processes(self) -> Iterable[ProcessFacts]: ...
-    def jail(self) -> Iterable[JailRow]:
-        """What its processes may not do."""
+    def jail(self) -> Iterable[ProcessJail]:
+        """How its processes were to be jailed."""
 
     def stop(self) -> None:
         """The guest is to end in order."""

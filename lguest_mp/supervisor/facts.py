@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from lguest_mp.config import CrashPolicy, OnCrash
-from lguest_mp.control import GuestFacts, JailRow, ProcessFacts
+from lguest_mp.control import GuestFacts, ProcessFacts, ProcessJail
 from lguest_mp.errors import LguestError
 from lguest_mp.supervisor import ending
 from lguest_mp.supervisor.devices import DeviceLife
@@ -38,8 +38,8 @@ class Whole(Protocol):
     def end(self, how: Ending) -> None: ...
     def attach(self) -> Attachment: ...
     def resize(self, columns: int, rows: int) -> None: ...
-    def report_jail(self) -> list[dict[str, str]]:
-        """What its processes may not do, a row each: the fields of :class:`JailRow` by their names."""
+    def jail(self) -> list[ProcessJail]:
+        """How its processes were to be jailed."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class Facts:
             if (helper := device.helper) is not None:
                 yield ProcessFacts(helper.name, served.name, None, helper.pid, "running")
 
-    def jail(self) -> list[JailRow]:
-        """What the guest's processes may not do."""
-        return [JailRow(**row) for row in self.whole.report_jail()]
+    def jail(self) -> list[ProcessJail]:
+        """How the guest's processes were to be jailed; whether they are, lguestctl finds out."""
+        return self.whole.jail()
 
     # ---- What one may do to it ----
 

@@ -25,7 +25,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lguest_mp import prctl, protocol, terminal
+from lguest_mp.control import ProcessJail
 from lguest_mp.errors import LguestError
+from lguest_mp.jail.plan import OFF
 from lguest_mp.protocol import ProtocolError
 from lguest_mp.supervisor import children, ending, processes, resources
 from lguest_mp.supervisor.children import Ear
@@ -407,20 +409,17 @@ class Guest:
         for line in processes.table(members):
             self._resources.log.say(line)
 
-    def report_jail(self) -> list[dict[str, str]]:
-        """What each process of the guest may not do, and how that is known: fields of JailRow by their names."""
-        from lguest_mp.jail.plan import OFF  # noqa: PLC0415 -- when somebody asks
-        from lguest_mp.jail.report import report  # noqa: PLC0415
-
+    def jail(self) -> list[ProcessJail]:
+        """How each process of the guest was to be jailed."""
         found = []
         if self._machine is not None:
             plan = self._machine_plan.describe(tuple(self._machine_files()))
-            found.append((self._machine.name, self._machine.pid, plan))
+            found.append(ProcessJail(self._machine.name, self._machine.pid, plan))
         for served in self._devices.served:
-            found += [(each.child.name, each.child.pid, each.jail) for each in served.workers()]
+            found += [ProcessJail(each.child.name, each.child.pid, each.jail) for each in served.workers()]
             if (helper := served.port.device.helper) is not None:
-                found.append((helper.name, helper.pid, OFF))
-        return [row for each in found for row in report(*each)]
+                found.append(ProcessJail(helper.name, helper.pid, OFF))
+        return found
 
     # ---- The end ----
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from lguest_mp import registry
-from lguest_mp.control import GuestFacts, JailRow, ProcessFacts
+from lguest_mp.control import GuestFacts, ProcessFacts, ProcessJail
+from lguest_mp.jail.plan import OFF
 from lguest_mp.line import Attachment, Line
 from lguest_mp.supervisor.control import Control
 from lguest_mp.supervisor.loop import Loop
@@ -49,8 +50,8 @@ class FakeGuest:
     def processes(self) -> Sequence[ProcessFacts]:
         return self.rows
 
-    def jail(self) -> list[JailRow]:
-        return [JailRow("cpu", "system calls", "in force", "61 of them are allowed")]
+    def jail(self) -> list[ProcessJail]:
+        return [ProcessJail("cpu", os.getpid(), OFF)]
 
     def stop(self) -> None:
         self.calls.append("stop")

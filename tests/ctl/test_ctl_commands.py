@@ -92,7 +92,7 @@ def test_a_reboot_can_be_asked_for_again_at_once(capsys: pytest.CaptureFixture[s
 def test_jail(capsys: pytest.CaptureFixture[str]) -> None:
     with running("one"):
         lines = do(capsys, "jail").splitlines()
-    assert re.split("  +", lines[1]) == ["cpu", "system calls", "in force", "61 of them are allowed"]
+    assert re.split("  +", lines[1])[:3] == ["cpu", "jail", "NOT in force"]
 
 
 def test_log(capsys: pytest.CaptureFixture[str]) -> None:

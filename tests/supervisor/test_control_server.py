@@ -21,10 +21,10 @@ from lguest_mp.control import (
     Done,
     Goodbye,
     GuestFacts,
-    JailRow,
     ListJail,
     LogLine,
     ProcessFacts,
+    ProcessJail,
     ReadLog,
     Reboot,
     Refused,
@@ -42,7 +42,7 @@ from lguest_mp.supervisor.loop import Loop, is_readable
 
 GUEST = GuestFacts("one", 7, "running", 1.5, 0, "pc", "unicorn", 1 << 20, "vmlinuz")
 PROCESSES = [ProcessFacts("supervisor", None, None, 7, "running"), ProcessFacts("cpu", None, None, 8, "running")]
-ROW = JailRow("cpu", "files", "on", "none")
+ROW = ProcessJail("cpu", 7, {"on": True, "limits": {"files": 10}, "calls": None})
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class FakeSubject:
     def processes(self) -> list[ProcessFacts]:
         return PROCESSES
 
-    def jail(self) -> list[JailRow]:
+    def jail(self) -> list[ProcessJail]:
         return [ROW]
 
     def stop(self) -> None:

@@ -216,6 +216,9 @@ def test_a_launcher_that_is_nobody_elsewhere_answers_root(launch: Launch, jail: 
     launcher = launch("reboots_in_place", "--username=nobody", f"--chroot={jail}")
     launcher.wait_for("life of")
     assert processes(launcher)["supervisor"]["pid"] == launcher.pid
+    assert ["block0/requestq", "capabilities", "in", "force"] in [
+        row.split()[:4] for row in do(launcher, "jail").split("\n")
+    ]
     do(launcher, "reboot", "test")
     launcher.wait_for("life of")
     (guest,) = json.loads(do(launcher, "stats"))["guests"]
