@@ -117,7 +117,7 @@ class Subject(Protocol):
         """The console."""
 
     def resize(self, columns: int, rows: int) -> None:
-        """The terminal of somebody attached has another size; 0: they have none, or are gone."""
+        """The terminal of somebody attached has this size; 0: nobody is attached any more."""
 
     def entries(self, source: str | None, last: int) -> Sequence[Entry]:
         """The last lines of the log, of one source or all."""
@@ -146,13 +146,14 @@ class _Client:
     news: deque[LogLine] = field(default_factory=deque)
     unfollow: Callable[[], None] | None = None
     is_attached: bool = False
-    #: When they last said or took something (time.monotonic).
+    #: When they last said or took something, or there was something new to take (time.monotonic).
     active: float = field(default_factory=time.monotonic)
 
     @property
     def is_in_use(self) -> bool:
         """Whether the connection may be silent and yet be good for something."""
-        return self.stuck is None and (self.unfollow is not None or self.is_attached)
+        takes_all = self.stuck is None and not self.news
+        return takes_all and (self.unfollow is not None or self.is_attached)
 
 
 class Control:
@@ -253,12 +254,12 @@ class Control:
 
     def _on_client(self, client: _Client, events: int) -> None:
         try:
-            if events & (select.EPOLLERR | select.EPOLLHUP):
-                self._drop(client)
-            elif events & select.EPOLLOUT:
-                self._serve(client)
-            elif events & select.EPOLLIN:
+            if events & select.EPOLLIN:  # also what they said before they went
                 self._hear(client)
+            elif events & (select.EPOLLERR | select.EPOLLHUP):
+                self._drop(client)
+            else:
+                self._serve(client)
         except (OSError, control.ControlError):
             self._drop(client)
 
@@ -363,13 +364,16 @@ class Control:
         if len(client.news) >= MAX_NEWS:
             self._drop(client)
             return
+        if not client.news:
+            client.active = time.monotonic()
         client.news.append(_line(entry))
         self._epoll.modify(client.channel, select.EPOLLOUT)
 
     def _attach(self, client: _Client, columns: int, rows: int) -> Iterable[_Outgoing]:
         attached = self._subject.attach()
         client.is_attached = True
-        self._resize(columns, rows)
+        if columns and rows:
+            self._resize(columns, rows)
         return [_Outgoing(Attached(), (attached.screen, attached.news, attached.keys)), _Outgoing(Done())]
 
     def _resize(self, columns: int, rows: int) -> None:

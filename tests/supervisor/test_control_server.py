@@ -6,7 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,8 +36,9 @@ from lguest_mp.control import (
     Welcome,
 )
 from lguest_mp.errors import LguestError
+from lguest_mp.line import Line
 from lguest_mp.supervisor import control as server
-from lguest_mp.supervisor.control import Control
+from lguest_mp.supervisor.control import Attachment, Control
 from lguest_mp.supervisor.loop import Loop, is_readable
 
 GUEST = GuestFacts("one", 7, "running", 1.5, 0, "pc", "unicorn", 1 << 20, "vmlinuz")
@@ -71,7 +72,7 @@ class FakeSubject:
     done: list[str] = field(default_factory=list)
     log: list[Said] = field(default_factory=list)
     listeners: list[Callable[[Said], None]] = field(default_factory=list)
-    ends: Ends | None = None
+    ends: Attachment | None = None
 
     def guest(self) -> GuestFacts:
         return GUEST
@@ -96,7 +97,7 @@ class FakeSubject:
     def reset(self, device: str) -> None:
         self.done.append(f"reset {device}")
 
-    def attach(self) -> Ends:
+    def attach(self) -> Attachment:
         if self.ends is None:
             raise LguestError("no console")
         return self.ends
@@ -242,7 +243,7 @@ def test_what_cannot_be_done_is_refused_and_harms_nobody(host: Host) -> None:
 def test_a_stop_counts_from_somebody_who_has_gone(host: Host) -> None:
     peer = host.connect()
     peer.channel.send(control.encode(Stop()))
-    peer.channel.shutdown(socket.SHUT_WR)
+    peer.channel.close()
     host.pump()
     assert host.subject.done == ["stop"]
 
@@ -266,6 +267,19 @@ def test_the_console_comes_as_file_descriptors(host: Host, tmp_path: Path) -> No
 
 
 # ---- The log ----
+
+
+def test_a_terminal_keeps_its_say_when_a_script_attaches(host: Host) -> None:
+    with closing(Line()) as line:
+        host.subject.ends = line.attach()
+        person, script = host.connect(), host.connect()
+        person.send(Attach(100, 30))
+        script.send(Attach(0, 0))
+        assert host.subject.done == ["resize 100 30"]
+        for peer in (script, person):
+            peer.channel.close()
+            host.pump()
+    assert host.subject.done == ["resize 100 30", "resize 0 0"]
 
 
 def test_the_last_lines_of_the_log(host: Host) -> None:
@@ -381,6 +395,22 @@ def test_who_is_there_for_nothing_makes_room(host: Host, monkeypatch: pytest.Mon
     assert host.connect().ask(Describe())[-1] == Done()
     assert idle[0].is_cut_off
     assert not any(each.is_cut_off for each in (follower, *idle[1:]))
+
+
+def test_who_follows_the_log_and_reads_stays(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those who do not read make room, before there is too much that they have not read."""
+    peers = [host.connect() for _ in range(server.MAX_CLIENTS)]
+    for peer in peers:
+        peer.send(ReadLog(None, 1, follow=True))
+    for number in range(300):
+        host.subject.say(f"{number} {'x' * 1000}")
+        assert peers[3].hear() is not None
+    monkeypatch.setattr(server, "IDLE", 0.0)
+    for _ in range(server.MAX_CLIENTS - 1):
+        host.connect()
+    assert len(host.subject.listeners) == 1
+    host.subject.say("still heard")
+    assert peers[3].hear() == LogLine(1.0, 5, "", "still heard")
 
 
 def test_a_thousand_come_and_go_and_leave_nothing(host: Host) -> None:
