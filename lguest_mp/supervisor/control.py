@@ -24,6 +24,7 @@ import select
 import socket
 import struct
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -279,6 +280,9 @@ class Control:
             client.answer = iter([_Outgoing(Refused(str(error)))])
         except OSError as error:  # the host's: no file descriptors left for a console
             client.answer = iter([_Outgoing(Refused(error.strerror or str(error)))])
+        except Exception:  # a bug of ours, and no reason for a guest to end
+            os.write(2, traceback.format_exc().encode(errors="replace"))
+            client.answer = iter([_Outgoing(Refused("its launcher has a bug, of which it says more itself"))])
         self._serve(client)
 
     def _serve(self, client: _Client) -> None:

@@ -240,6 +240,16 @@ def test_what_cannot_be_done_is_refused_and_harms_nobody(host: Host) -> None:
     assert peer.ask(Restart("block0")) == [Done()]
 
 
+def test_a_bug_of_ours_is_not_the_guests_end(
+    host: Host, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(host.subject, "jail", lambda: [1 // 0])
+    peer = host.connect()
+    assert peer.ask(ListJail()) == [Refused("its launcher has a bug, of which it says more itself")]
+    assert "ZeroDivisionError" in capfd.readouterr().err
+    assert peer.ask(Restart("block0")) == [Done()]
+
+
 def test_a_stop_counts_from_somebody_who_has_gone(host: Host) -> None:
     peer = host.connect()
     peer.channel.send(control.encode(Stop()))
