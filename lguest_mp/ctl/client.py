@@ -106,13 +106,13 @@ class Connection:
             raise LguestError(f"guest {self.name} was started by another version of lguest; use its lguestctl")
 
     def send(self, request: Request) -> None:
-        """Asks for something. GuestGone, NoAnswer."""
+        """Asks for something. NoAnswer; that the guest is gone shows when its answer is to be received."""
         try:
             self.channel.send(control.encode(request))
         except TimeoutError:
             raise NoAnswer(self.name, self.pid or None) from None
         except OSError:
-            raise GuestGone(self.name, reboots=False) from None
+            return  # and it may have said why
 
     def receive(self) -> Answer:
         """The next message, none of the bad news. GuestGone, NoAnswer, LguestError (refused), ControlError."""
@@ -122,9 +122,7 @@ class Connection:
     def receive_with_files(self, count: int) -> tuple[Answer, list[int]]:
         """The next message and up to ``count`` file descriptors that come with it, close-on-exec."""
         try:
-            datagram, files, _, _ = socket.recv_fds(
-                self.channel, control.MAX_ANSWER + 1, count, socket.MSG_CMSG_CLOEXEC
-            )
+            datagram, files = self._receive(count)
         except TimeoutError:
             raise NoAnswer(self.name, self.pid or None) from None
         except ConnectionResetError:
@@ -135,6 +133,14 @@ class Connection:
             for fd in files:
                 os.close(fd)
             raise
+
+    def _receive(self, count: int) -> tuple[bytes, list[int]]:
+        size, flags = control.MAX_ANSWER + 1, socket.MSG_CMSG_CLOEXEC
+        try:
+            datagram, files, _, _ = socket.recv_fds(self.channel, size, count, flags)
+        except ConnectionResetError:  # it went without having read all that we said: its last words come after this
+            datagram, files, _, _ = socket.recv_fds(self.channel, size, count, flags)
+        return datagram, files
 
     def _good_news(self, datagram: bytes) -> Answer:
         if not datagram:
@@ -227,15 +233,20 @@ class Place:
         deadline = time.monotonic() + patience
         found: dict[str, Description | LguestError] = {}
         with ExitStack() as opened:
+            connected: list[Connection] = []
             asked: list[Connection] = []
             for name in names:
                 with _noted(found, name):
-                    asked.append(opened.enter_context(self._open(name, _RETRY)))
-                    asked[-1].send(Describe())
-            for each in asked:
+                    connected.append(opened.enter_context(self._open(name, _RETRY)))
+            for each in connected:
                 with _noted(found, each.name):
                     each.channel.settimeout(max(_RETRY, deadline - time.monotonic()))
                     each.greet()
+                    each.send(Describe())
+                    asked.append(each)
+            for each in asked:  # who greets us is there to answer
+                with _noted(found, each.name):
+                    each.channel.settimeout(patience)
                     found[each.name] = each.hear_description()
         return dict(sorted(found.items()))
 

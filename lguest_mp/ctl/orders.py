@@ -19,36 +19,39 @@ def stop(place: Place, name: str, *, wait: bool) -> None:
     """Ends a guest in order; with ``wait``, returns when nothing of it is left."""
     reach: Callable[[str], Connection] = place.connect
     while True:
-        with reach(name) as connection:
-            try:
+        try:
+            with reach(name) as connection:
                 return _stop(connection, wait=wait)
-            except GuestGone as gone:
-                if not gone.reboots:
-                    return None
+        except GuestGone as gone:
+            if not gone.reboots:
+                return None
         reach = place.reconnect  # it rebooted in this very moment, instead
 
 
 def _stop(connection: Connection, *, wait: bool) -> None:
-    """GuestGone: it ends or reboots for another reason than ours."""
+    """GuestGone: it reboots."""
     pidfd = _pidfd(connection.pid) if wait else None
     try:
-        connection.ask(Stop(), Done)
-        if wait:
-            _wait_for_goodbye(connection)
-            if pidfd is not None:
-                select.select([pidfd], [], [])
+        connection.send(Stop())
+        _hear_the_end(connection, wait=wait)
+        if pidfd is not None:
+            select.select([pidfd], [], [])
     finally:
         if pidfd is not None:
             os.close(pidfd)
 
 
-def _wait_for_goodbye(connection: Connection) -> None:
-    connection.channel.settimeout(None)
+def _hear_the_end(connection: Connection, *, wait: bool) -> None:
+    """Until the order is taken, or (``wait``) the guest has ended, for whatever reason. GuestGone: it reboots."""
     try:
-        while True:
+        while not isinstance(connection.receive(), Done):
+            pass
+        connection.channel.settimeout(None)
+        while wait:
             connection.receive()
-    except GuestGone:
-        return
+    except GuestGone as gone:
+        if gone.reboots:
+            raise
 
 
 def _pidfd(pid: int) -> int | None:
