@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lguest_mp.config import CrashPolicy, OnCrash
 from lguest_mp.control import GuestFacts, ProcessFacts, ProcessJail
@@ -38,8 +38,8 @@ class Whole(Protocol):
     def end(self, how: Ending) -> None: ...
     def attach(self) -> Attachment: ...
     def resize(self, columns: int, rows: int) -> None: ...
-    def jail(self) -> list[ProcessJail]:
-        """How its processes were to be jailed."""
+    def jails(self) -> list[tuple[str, int, dict[str, Any]]]:
+        """How its processes were to be jailed: the fields of a ProcessJail each."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Facts:
 
     def jail(self) -> list[ProcessJail]:
         """How the guest's processes were to be jailed; whether they are, lguestctl finds out."""
-        return self.whole.jail()
+        return [ProcessJail(*jail) for jail in self.whole.jails()]
 
     # ---- What one may do to it ----
 

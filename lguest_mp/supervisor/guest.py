@@ -22,18 +22,15 @@ import socket
 import struct
 from enum import Enum, auto
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lguest_mp import prctl, protocol, terminal
-from lguest_mp.control import ProcessJail
 from lguest_mp.errors import LguestError
 from lguest_mp.jail.plan import OFF
 from lguest_mp.protocol import ProtocolError
 from lguest_mp.supervisor import children, ending, processes, resources
 from lguest_mp.supervisor.children import Ear
-from lguest_mp.supervisor.control import Control
 from lguest_mp.supervisor.devices import Devices, Listener, Request
-from lguest_mp.supervisor.facts import Facts
 from lguest_mp.supervisor.log import Level
 from lguest_mp.supervisor.loop import Loop
 from lguest_mp.supervisor.signals import STOPPING
@@ -45,6 +42,7 @@ if TYPE_CHECKING:
     from lguest_mp.line import Attachment
     from lguest_mp.registry import Claim
     from lguest_mp.supervisor.children import Child, Naming
+    from lguest_mp.supervisor.control import Control
     from lguest_mp.supervisor.ending import Ending
     from lguest_mp.supervisor.resources import Resources
     from lguest_mp.supervisor.service import Service
@@ -156,11 +154,18 @@ class Guest:
             self._restarted,
             self._grace,
         )
-        if self._claim is not None:
-            self._control = Control(self._claim.listener, self._claim.owner, self._loop, self._facts())
+        if not self._resources.confinement.is_empty:
+            self._answer_others()  # there may be no Python where we are going
 
-    def _facts(self) -> Facts:
-        return Facts(self._resources, self._devices, self, self._reboots)
+    def _answer_others(self) -> None:
+        """Begins to answer lguestctl, and whoever has been waiting for that."""
+        if self._claim is None or self._control is not None:
+            return
+        from lguest_mp.supervisor.control import Control  # noqa: PLC0415 -- 20 ms, a tenth of a guest's start
+        from lguest_mp.supervisor.facts import Facts  # noqa: PLC0415
+
+        facts = Facts(self._resources, self._devices, self, self._reboots)
+        self._control = Control(self._claim.listener, self._claim.owner, self._loop, facts)
 
     def _channel_pair(self) -> tuple[socket.socket, socket.socket]:
         ours, theirs = protocol.channel_pair()
@@ -231,6 +236,7 @@ class Guest:
         self._tell_machine(self._events, protocol.Start(entry))
         self._naming.take(None, "lguest")
         self._plan_workers()
+        self._answer_others()
         resources.freeze()
         if self._machine is not None:
             self._verbose(f"cpu is process {self._machine.pid}; the guest begins at {entry.rip:#x}")
@@ -409,16 +415,16 @@ class Guest:
         for line in processes.table(members):
             self._resources.log.say(line)
 
-    def jail(self) -> list[ProcessJail]:
-        """How each process of the guest was to be jailed."""
-        found = []
+    def jails(self) -> list[tuple[str, int, dict[str, Any]]]:
+        """How each process of the guest was to be jailed: its name, its process ID, what its plan says of itself."""
+        found: list[tuple[str, int, dict[str, Any]]] = []
         if self._machine is not None:
             plan = self._machine_plan.describe(tuple(self._machine_files()))
-            found.append(ProcessJail(self._machine.name, self._machine.pid, plan))
+            found.append((self._machine.name, self._machine.pid, plan))
         for served in self._devices.served:
-            found += [ProcessJail(each.child.name, each.child.pid, each.jail) for each in served.workers()]
+            found += [(each.child.name, each.child.pid, each.jail) for each in served.workers()]
             if (helper := served.port.device.helper) is not None:
-                found.append(ProcessJail(helper.name, helper.pid, OFF))
+                found.append((helper.name, helper.pid, OFF))
         return found
 
     # ---- The end ----
