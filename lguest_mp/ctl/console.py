@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 ESCAPE = b"\x1d"
 #: What is read of what is typed, and written to a pipe that is ready: less than it takes then (PIPE_BUF).
 _CHUNK = 1024
+#: What is kept of what is typed at a terminal while the guest takes nothing; the rest is lost, as at any terminal.
+_MOST_TYPED = 65536
 
 
 def parse_escape(text: str) -> bytes | None:
@@ -54,14 +56,14 @@ def shown_escape(escape: bytes) -> str:
 
 def attach(place: Place, name: str, escape: bytes | None) -> str:
     """Attaches this terminal to a guest's console until the end; how it ended, in words. LguestError."""
-    raw = Terminal()
     try:
-        with Signals() as signals:
+        # In this order: a signal that comes last of all has its effect after the terminal is the user's again.
+        with Signals() as signals, ExitStack() as restoring:
+            raw = Terminal()
+            restoring.callback(raw.restore)
             ending = _attach_to_all_lives(place, name, _Viewer(signals, raw, escape if os.isatty(0) else None))
     except GuestGone as gone:
         return str(gone)
-    finally:
-        raw.restore()
     if ending is not None:
         die_by(ending)
     return f"detached from {name}"
@@ -140,8 +142,8 @@ class _Viewer:
         poller.register(self._signals.fd, select.POLLIN)
         if self._typed:
             poller.register(keys, select.POLLOUT)
-        elif self._input_is_open:
-            poller.register(0, select.POLLIN)
+        if self._input_is_open and (self._escape is not None or not self._typed):
+            poller.register(0, select.POLLIN)  # the key that detaches is waited for, whatever the guest takes
         ready = {fd for fd, _ in poller.poll()}
         events.poll(0)
         if self._signals.fd in ready:
@@ -174,7 +176,7 @@ class _Viewer:
         if self._escape is not None and self._escape in data:
             data, _, _ = data.partition(self._escape)
             self._detached = True
-        self._typed += data
+        self._typed += data[: _MOST_TYPED - len(self._typed)]
 
     def _type(self, keys: int) -> None:
         try:
