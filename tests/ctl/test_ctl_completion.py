@@ -49,20 +49,36 @@ def test_devices_come_without_a_name_where_just_one_guest_runs(capsys: pytest.Ca
     assert capsys.readouterr().out.split() == ["block0", "block0/requestq", "one"]
 
 
-def test_bash_completes(tmp_path: Path) -> None:
-    if (bash := shutil.which("bash")) is None:
-        pytest.skip("this host has no bash")
-    program = tmp_path / "lguestctl"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m lguest_mp.ctl "$@"\n')
-    program.chmod(0o755)
-    script = """
+#: For each shell a script that completes ``lguestctl ps o``, and prints what it found.
+SHELLS = {
+    "bash": """
         . <(lguestctl completion bash)
         COMP_WORDS=(lguestctl ps o) COMP_CWORD=2
         _lguestctl
         echo "${COMPREPLY[@]}"
-        complete -p lguestctl
-    """
-    variables = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    """,
+    "zsh": """
+        compdef() { :; }
+        compadd() { shift 2; print -l -- "$@"; }
+        eval "$(lguestctl completion zsh)"
+        words=(lguestctl ps o) CURRENT=3
+        _lguestctl
+    """,
+    "fish": """
+        lguestctl completion fish | source
+        complete -C "lguestctl ps o"
+    """,
+}
+
+
+@pytest.mark.parametrize("name", sorted(SHELLS))
+def test_in_the_shells(tmp_path: Path, name: str) -> None:
+    if (shell := shutil.which(name)) is None:
+        pytest.skip(f"this host has no {name}")
+    program = tmp_path / "lguestctl"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m lguest_mp.ctl "$@"\n')
+    program.chmod(0o755)
+    variables = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
     with running("one"):
-        done = subprocess.run([bash, "-c", script], check=True, env=variables, capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["one", "complete -F _lguestctl lguestctl"]
+        done = subprocess.run([shell, "-c", SHELLS[name]], check=True, env=variables, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["one"]
