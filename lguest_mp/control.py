@@ -201,9 +201,10 @@ class Refused:
 
 @dataclass(frozen=True)
 class Goodbye:
-    """The guest ends, or this life of it."""
+    """The guest ends, or this life of it; ``reason``: why, in words that go after "it has ended:"."""
 
     reboots: bool
+    reason: str | None = None
 
 
 Answer: TypeAlias = Welcome | GuestFacts | ProcessFacts | LogLine | ProcessJail | Attached | Done | Refused | Goodbye

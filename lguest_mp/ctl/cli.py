@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lguest_mp import __version__, runtime
-from lguest_mp.ctl.client import Place
+from lguest_mp.ctl.client import GuestGone, Place
 from lguest_mp.ctl.completion import SCRIPTS, Completer, Grammar
 from lguest_mp.ctl.tables import printable
 from lguest_mp.errors import LguestError
@@ -112,7 +112,12 @@ def _stats(place: Place, given: argparse.Namespace) -> None:
 def _log(place: Place, given: argparse.Namespace) -> None:
     from lguest_mp.ctl import log  # noqa: PLC0415
 
-    _print(log.lines(place, place.choose(given.name), given.source, given.lines, follow=given.follow))
+    try:
+        _print(log.lines(place, place.choose(given.name), given.source, given.lines, follow=given.follow))
+    except GuestGone as gone:
+        if not given.follow:
+            raise
+        _say(str(gone))
 
 
 def _console(place: Place, given: argparse.Namespace) -> None:
@@ -257,7 +262,7 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"lguestctl {__version__}")
     for option in _GENERAL:
         parser.add_argument(*option.names, **option.about)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         one = commands.add_parser(
             command.name, help=command.summary, description=_sentence(command.summary), allow_abbrev=False

@@ -51,8 +51,9 @@ _Row = TypeVar("_Row")
 class GuestGone(LguestError):
     """The guest ended, or began its next life (``reboots``), while we spoke with it."""
 
-    def __init__(self, name: str, *, reboots: bool) -> None:
-        super().__init__(f"guest {name} {'reboots' if reboots else 'has ended'}")
+    def __init__(self, name: str, *, reboots: bool, reason: str | None = None) -> None:
+        how = "reboots" if reboots else "has ended" if reason is None else f"has ended: {reason}"
+        super().__init__(f"guest {name} {how}")
         self.reboots = reboots
 
 
@@ -146,8 +147,8 @@ class Connection:
         if not datagram:
             raise GuestGone(self.name, reboots=False)
         match answer := control.decode_answer(datagram):
-            case Goodbye(reboots):
-                raise GuestGone(self.name, reboots=reboots)
+            case Goodbye(reboots, reason):
+                raise GuestGone(self.name, reboots=reboots, reason=reason)
             case Refused(reason):
                 raise LguestError(f"guest {self.name}: {reason}")
         return answer

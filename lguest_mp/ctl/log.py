@@ -18,24 +18,29 @@ _LEVELS = ("emerg", "alert", "crit", "err", "warning", "notice", "info", "debug"
 
 
 def lines(place: Place, name: str, source: str | None, last: int, *, follow: bool) -> Iterator[str]:
-    """The last lines, of one process or all; with ``follow`` those to come, too, until the guest has ended.
+    """The last lines, of one process or all; with ``follow`` those to come, too, until the guest ends (GuestGone).
 
     ``source``: a process's name; ``supervisor`` is the launcher itself.
     """
     wanted = "" if source == "supervisor" else source
     reach: Callable[[str], Connection] = place.connect
+    before = newest = 0.0
     while True:
         try:
             with reach(name) as connection:
                 connection.send(ReadLog(wanted, last, follow))
                 if follow:
                     connection.channel.settimeout(None)
-                yield from (_shown(line) for line in connection.answers() if isinstance(line, LogLine))
+                for line in connection.answers():
+                    if isinstance(line, LogLine) and line.time > before:
+                        newest = max(newest, line.time)
+                        yield _shown(line)
                 return
         except GuestGone as gone:
             if not follow or not gone.reboots:
                 raise
             yield f"-- {gone} --"
+        before = newest  # a launcher that reboots in place still has what it said before
         reach = place.reconnect
 
 

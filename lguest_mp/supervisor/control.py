@@ -50,9 +50,11 @@ from lguest_mp.control import (
     Welcome,
 )
 from lguest_mp.errors import LguestError
+from lguest_mp.supervisor import ending
 
 if TYPE_CHECKING:
     from lguest_mp.control import Answer, GuestFacts, ProcessFacts, ProcessJail, Request
+    from lguest_mp.supervisor.ending import Ending
     from lguest_mp.supervisor.loop import Loop
 
 MAX_CLIENTS = 16
@@ -171,15 +173,19 @@ class Control:
         self._epoll.register(listener, select.EPOLLIN)
         loop.watch(self._epoll.fileno(), self._on_events)
 
-    def close(self, *, reboots: bool) -> None:
-        """Says goodbye to everybody. Those who wait to be accepted wait on, for the guest's next life."""
+    def close(self, how: Ending | None) -> None:
+        """Tells everybody how the guest ended (None: nobody knows), and closes all but the listener.
+
+        Those who wait to be accepted wait on, for the guest's next life.
+        """
+        goodbye = Goodbye(isinstance(how, ending.Rebooting), None if how is None else ending.in_words(how))
         self._loop.forget(self._epoll.fileno())
         for client in list(self._clients.values()):
             with suppress(OSError):
                 while not self._send_burst(client) and client.stuck is None:
                     pass
                 if client.stuck is None:
-                    _send(client.channel, _Outgoing(Goodbye(reboots)))
+                    _send(client.channel, _Outgoing(goodbye))
             self._drop(client)
         self._epoll.close()
         if self._spare is not None:

@@ -62,6 +62,17 @@ def interrupted() -> Ending:
     return Signalled(signal.SIGINT)
 
 
+def in_words(how: Ending) -> str:
+    """How a guest ended, for those who watched it from elsewhere."""
+    match how:
+        case Exit(_, line):
+            return line or "it switched itself off"
+        case Signalled(signum):
+            return f"it was stopped by {signal.Signals(signum).name}"
+        case Rebooting():
+            return "it reboots"
+
+
 def die_by(signum: int) -> NoReturn:
     """Ends this process by the signal, as if it had never been handled."""
     signal.signal(signum, signal.SIG_DFL)

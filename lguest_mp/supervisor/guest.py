@@ -120,7 +120,7 @@ class Guest:
                 self._life = Life.ENDED
                 self._end_processes()
                 if self._control is not None:
-                    self._control.close(reboots=isinstance(self._ending, ending.Rebooting))
+                    self._control.close(self._ending)
 
     # ---- Starting ----
 

@@ -13,6 +13,7 @@ from lguest_mp import registry
 from lguest_mp.control import GuestFacts, ProcessFacts, ProcessJail
 from lguest_mp.jail.plan import OFF
 from lguest_mp.line import Attachment, Line
+from lguest_mp.supervisor import ending
 from lguest_mp.supervisor.control import Control
 from lguest_mp.supervisor.loop import Loop
 
@@ -109,5 +110,5 @@ def _run(claim: registry.Claim, subject: FakeGuest, wake: int) -> None:
             while not over:
                 loop.wait()
             reboots = over[0]
-            server.close(reboots=reboots)
+            server.close(ending.Rebooting() if reboots else ending.powered_off())
     claim.release()

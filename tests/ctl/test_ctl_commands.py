@@ -7,12 +7,13 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakelaunchers import QUEUE, running
+from fakelaunchers import QUEUE, Said, running
 
 from guestkit.session import Session
 from lguest_mp import registry
@@ -105,6 +106,25 @@ def test_log(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[1].endswith(" cpu: a word")
 
 
+def test_log_goes_on_in_the_guests_next_life_and_ends_with_the_guest() -> None:
+    command = [sys.executable, "-m", "lguest_mp.ctl", "log", "--follow"]
+    with (
+        running("one") as guest,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program,
+    ):
+        assert program.stdout
+        assert program.stderr
+        assert program.stdout.readline().endswith("supervisor: hello ?[31m\n")
+        assert program.stdout.readline().endswith("cpu: a word\n")
+        guest.log.append(Said("in the next life", time=2.5))
+        assert cli.main(["reboot", "one"]) == 0
+        assert program.stdout.readline() == "-- guest one reboots --\n"
+        assert program.stdout.readline().endswith("supervisor: in the next life\n"), "nothing is said twice"
+        assert cli.main(["stop", "one", "--no-wait"]) == 0
+        assert program.stderr.readline() == "lguestctl: guest one has ended: it switched itself off\n"
+        assert program.wait() == 0
+
+
 # ---- For programs ----
 
 
@@ -193,7 +213,7 @@ def test_the_two_forms_of_stats_exclude_each_other(capsys: pytest.CaptureFixture
     [
         (b'["Welcome",{"protocol":2}]', "guest bad was started by another version of lguest; use its lguestctl"),
         (b"HTTP/1.1 400", "guest bad was started by another version of lguest; use its lguestctl"),
-        (b'["Goodbye",{"reboots":false}]', "guest bad has ended"),
+        (b'["Goodbye",{"reboots":false,"reason":"it is tired"}]', "guest bad has ended: it is tired"),
         (b'["Refused",{"reason":"no \\u001b[2J"}]', "guest bad: no ?[2J"),
     ],
 )
@@ -263,7 +283,7 @@ def test_console_goes_on_in_the_guests_next_life_and_ends_with_the_guest(place: 
             pass
         assert cli.main(["stop", "one", "--no-wait"]) == 0
         assert console.wait() == 0
-        assert console.output.splitlines()[-1].endswith("guest one has ended")
+        assert console.output.splitlines()[-1].endswith("guest one has ended: it switched itself off")
 
 
 def test_console_gives_the_terminal_back_when_it_is_ended(place: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lguest_mp import control
+from lguest_mp import control, jail, runtime
 from lguest_mp.control import (
     Answer,
     Attach,
@@ -38,6 +38,7 @@ from lguest_mp.control import (
 from lguest_mp.errors import LguestError
 from lguest_mp.line import Line
 from lguest_mp.supervisor import control as server
+from lguest_mp.supervisor import ending
 from lguest_mp.supervisor.control import Attachment, Control
 from lguest_mp.supervisor.loop import Loop, is_readable
 
@@ -180,7 +181,7 @@ class Host:
     def close(self) -> None:
         """Closes everything, whatever is closed already."""
         with suppress(ValueError):
-            self.server.close(reboots=False)
+            self.server.close(None)
         self.opened.close()
 
     def pump(self) -> None:
@@ -447,7 +448,7 @@ def test_files_that_somebody_sends_are_not_taken(host: Host) -> None:
 def test_another_user_is_not_heard(tmp_path: Path) -> None:
     with Loop() as loop:
         host = Host(tmp_path / "control", loop)
-        host.server.close(reboots=False)
+        host.server.close(None)
         host.server = Control(host.listener, os.geteuid() + 1, loop, host.subject)
         answer = Peer(host).hear()
         expected = Welcome(control.PROTOCOL) if os.geteuid() == 0 else Refused("this guest is another user's")
@@ -455,27 +456,55 @@ def test_another_user_is_not_heard(tmp_path: Path) -> None:
         host.close()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_who_it_was_that_connected_is_asked_of_the_kernel(host: Host, tmp_path: Path) -> None:
+    """In case that somebody else gets as far as the socket."""
+    nobody = jail.prepare("nobody", None).user
+    modes = {path: path.stat().st_mode for path in (*list(tmp_path.parents)[:-2], tmp_path, host.path)}
+    try:
+        for path in modes:
+            path.chmod(0o777)
+        with runtime.acting_as(nobody):
+            peer = Peer(host)
+    finally:
+        for path, mode in modes.items():
+            path.chmod(mode)
+    assert peer.hear() == Refused("this guest is another user's")
+    assert peer.is_cut_off
+
+
 # ---- The end ----
 
 
-@pytest.mark.parametrize("reboots", [True, False])
-def test_everybody_hears_goodbye_after_what_they_asked_for(host: Host, *, reboots: bool) -> None:
+@pytest.mark.parametrize(
+    ("how", "goodbye"),
+    [
+        (ending.powered_off(), Goodbye(reboots=False, reason="it switched itself off")),
+        (ending.guest_died("triple fault"), Goodbye(reboots=False, reason="the guest died: triple fault")),
+        (ending.interrupted(), Goodbye(reboots=False, reason="it was stopped by SIGINT")),
+        (ending.Rebooting(), Goodbye(reboots=True, reason="it reboots")),
+        (None, Goodbye(reboots=False, reason=None)),
+    ],
+)
+def test_everybody_hears_goodbye_after_what_they_asked_for(
+    host: Host, how: ending.Ending | None, goodbye: Goodbye
+) -> None:
     follower, idle = host.connect(), host.connect()
     follower.send(ReadLog(None, 1, follow=True))
     host.subject.say("the last word")
-    host.server.close(reboots=reboots)
+    host.server.close(how)
     assert follower.hear() == LogLine(1, 5, "", "the last word")
     for peer in (follower, idle):
-        assert peer.hear() == Goodbye(reboots)
+        assert peer.hear() == goodbye
         assert peer.hear() is None
 
 
 def test_who_waits_to_be_accepted_waits_on_for_the_next_life(host: Host) -> None:
     waiting = host.opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
     waiting.connect(str(host.path))
-    host.server.close(reboots=True)
+    host.server.close(ending.Rebooting())
     with Loop() as loop:
         again = Control(host.listener, os.geteuid(), loop, host.subject)
         loop.wait(0)
         assert control.decode_answer(waiting.recv(1000)) == Welcome(control.PROTOCOL)
-        again.close(reboots=False)
+        again.close(None)
