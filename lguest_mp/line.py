@@ -9,6 +9,7 @@ forked, and gives ends of it away. It carries nothing itself.
 from __future__ import annotations
 
 import os
+import select
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -19,15 +20,16 @@ from lguest_mp.screen import ScreenWriter, Track
 
 @dataclass(frozen=True)
 class Attachment:
-    """What somebody needs who is attached: file descriptors of the supervisor's, to be sent or duplicated.
+    """What somebody needs who is attached: file descriptors to be sent or duplicated.
 
-    ``screen`` is for :class:`lguest_mp.screen.ScreenReader`, ``news`` to be watched edge-triggered, and ``keys`` the
+    ``screen`` (the supervisor's) is for :class:`lguest_mp.screen.ScreenReader`. ``news`` is readable when there is
+    something new on it since the last ``epoll_wait``; it is this attachment's own. ``keys`` (the supervisor's) is the
     writing end of a pipe. That does not block, and is to be left so, since all who are attached share it: what the
     guest does not take yet is for each of them to keep.
     """
 
     screen: int
-    news: int
+    news: select.epoll
     keys: int
 
 
@@ -41,7 +43,8 @@ class Line:
                 self._news = _owned(opened, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
                 #: What is typed, for whoever reads that now; does not block.
                 self.keys, typed = (_owned(opened, end) for end in os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
-                self._attachment = Attachment(_owned(opened, _for_reading(self._screen)), self._news, typed)
+                self._typed = typed
+                self._readable_screen = _owned(opened, _for_reading(self._screen))
             except OSError as error:
                 raise LguestError(f"cannot make the console's line: {error.strerror}") from error
             self._opened = opened.pop_all()
@@ -61,8 +64,13 @@ class Line:
         return ScreenWriter(self._screen, self._news, track)
 
     def attach(self) -> Attachment:
-        """For one more person."""
-        return self._attachment
+        """For one more person. OSError.
+
+        They do not get the eventfd of the news itself: who has that can make it block, and its writers with it.
+        """
+        news = select.epoll()
+        news.register(self._news, select.EPOLLIN | select.EPOLLET)
+        return Attachment(self._readable_screen, news, self._typed)
 
     def close(self) -> None:
         """Closes the supervisor's ends. May be called again."""

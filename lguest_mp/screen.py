@@ -19,7 +19,7 @@ the position says. What it lost is lost: a screen is not a file.
 **Nobody trusts anybody.** A worker that is no longer itself can write anything here, and shrink nothing, since the file
 is sealed. A reader takes whatever numbers it finds: it may show nonsense, but copies no more than there is and returns.
 
-Whoever has written adds 1 to an eventfd, the *news*, which nobody ever reads: watch it edge-triggered (EPOLLIN and
+Whoever has written adds 1 to an eventfd, the *news*, which nobody ever reads: it is watched edge-triggered (EPOLLIN and
 EPOLLET), where every addition is an event. Its counter ends somewhere, which only a worker gone mad can reach: then
 there is no news any more, so look at the screen every now and then, too.
 """

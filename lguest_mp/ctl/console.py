@@ -1,8 +1,9 @@
 """``lguestctl console``: the guest's console on this terminal, until the escape key is typed or the guest ends.
 
 The supervisor gives three file descriptors and is not needed any more: ``screen``, a ring with what the guest last
-showed, ``news``, an eventfd that says that there is more, and ``keys``, the write end of a pipe (``screen.py``). So
-nobody waits for us: when this terminal is stopped, we lose what the ring cannot hold, and the guest loses nothing.
+showed, ``news``, an epoll of our own that says that there is more, and ``keys``, the write end of a pipe
+(``line.py``). So nobody waits for us: when this terminal is stopped, we lose what the ring cannot hold, and the guest
+loses nothing.
 
 Without a terminal on standard input (a script's pipe) every byte goes to the guest, and the end of input is not the
 end: what the guest shows comes until the guest ends.
@@ -102,9 +103,7 @@ class _Viewer:
 
         with ExitStack() as opened:
             screen, news, keys = self._attach(connection, opened)
-            events = opened.enter_context(select.epoll())
-            # Nobody reads the eventfd, since all who look share it; each writing to it is one event.
-            events.register(news, select.EPOLLIN | select.EPOLLET)
+            events = opened.enter_context(select.epoll.fromfd(os.dup(news)))
             reader = ScreenReader(screen)
             try:
                 while not self._detached and self._ending is None:

@@ -70,12 +70,12 @@ _CREDENTIALS = struct.Struct("=iII")
 
 
 class Attachment(Protocol):
-    """The console, for one who looks at it: file descriptors of the supervisor's, copies of which are sent."""
+    """The console, for one who looks at it: file descriptors of which copies are sent. ``news`` is theirs alone."""
 
     @property
     def screen(self) -> int: ...
     @property
-    def news(self) -> int: ...
+    def news(self) -> select.epoll: ...
     @property
     def keys(self) -> int: ...
 
@@ -213,8 +213,12 @@ class Control:
                 _send(channel, _Outgoing(Refused(reason)))
             channel.close()
             return
+        try:
+            self._epoll.register(channel, select.EPOLLIN)
+        except OSError:  # the host has no memory for one more
+            channel.close()
+            return
         client = self._clients[channel.fileno()] = _Client(channel)
-        self._epoll.register(channel, select.EPOLLIN)
         self._serve(client)
 
     def _why_not(self, channel: socket.socket) -> str | None:
@@ -384,7 +388,8 @@ class Control:
         client.is_attached = True
         if columns and rows:
             self._resize(columns, rows)
-        return [_Outgoing(Attached(), (attached.screen, attached.news, attached.keys)), _Outgoing(Done())]
+        files = (attached.screen, attached.news.fileno(), attached.keys)
+        return [_Outgoing(Attached(), files, then=attached.news.close), _Outgoing(Done())]
 
     def _resize(self, columns: int, rows: int) -> None:
         self._subject.resize(min(columns, 0xFFFF), min(rows, 0xFFFF))

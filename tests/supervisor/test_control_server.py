@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
@@ -62,7 +63,7 @@ class Ends:
     """The console."""
 
     screen: int
-    news: int
+    news: select.epoll
     keys: int
 
 
@@ -260,14 +261,17 @@ def test_a_stop_counts_from_somebody_who_has_gone(host: Host) -> None:
 
 
 def test_the_console_comes_as_file_descriptors(host: Host, tmp_path: Path) -> None:
-    names = [tmp_path / name for name in ("screen", "news", "keys")]
+    names = [tmp_path / name for name in ("screen", "keys")]
     opened = [os.open(name, os.O_CREAT | os.O_RDWR) for name in names]
-    host.subject.ends = Ends(*opened)
+    news = select.epoll()
+    host.subject.ends = Ends(opened[0], news, opened[1])
     peer = host.connect()
     peer.send(Attach(100, 70000))
     datagram, files, _, _ = socket.recv_fds(peer.channel, 1000, control.ATTACHED_FILES)
     assert control.decode_answer(datagram) == Attached()
-    assert [os.readlink(f"/proc/self/fd/{fd}") for fd in files] == list(map(str, names))
+    targets = [os.readlink(f"/proc/self/fd/{fd}") for fd in files]
+    assert targets == [str(names[0]), "anon_inode:[eventpoll]", str(names[1])]
+    assert news.closed, "it is theirs"
     assert peer.hear() == Done()
     assert peer.ask(Resize(81, 26)) == [Done()]
     peer.channel.close()
