@@ -65,11 +65,18 @@ class Child:
     def reap(self) -> int:
         """Waits for its end, takes its last words, and forgets it; the status as of wait(2)."""
         _, status = os.waitpid(self.pid, 0)
+        self._forget(crashed=not _is_ordinary(status))
+        return status
+
+    def leave_behind(self) -> None:
+        """Takes its last words, and forgets it although it has not ended."""
+        self._forget(crashed=False)
+
+    def _forget(self, *, crashed: bool) -> None:
         self.is_reaped = True
         os.close(self.pidfd)
         if self.complaints is not None:
-            self.complaints.finish()
-        return status
+            self.complaints.finish(crashed=crashed)
 
 
 @dataclass(frozen=True)
@@ -96,36 +103,35 @@ class Naming:
 def fork(name: str, body: Callable[[], int], ear: Ear | None = None) -> Child:
     """Forks a child that runs ``body`` and exits with what it returns. The body is to call :func:`keep_only` soon.
 
-    With an ``ear`` its standard error goes there; without, it is ours.
+    With an ``ear`` its standard error goes there; without, it is ours. LguestError if the host cannot.
     """
     parent = os.getpid()
     with contextlib.ExitStack() as unless_forked, contextlib.ExitStack() as forked:
         try:
-            errors = writing = None
+            complaints = writing = None
             if ear is not None:
                 errors, writing = os.pipe2(os.O_CLOEXEC)
-                unless_forked.callback(os.close, errors)
                 forked.callback(os.close, writing)
+                unless_forked.callback(os.close, errors)
+                complaints = Complaints(name, errors, ear.loop, ear.log)
+                unless_forked.pop_all()
+                unless_forked.callback(complaints.finish)
             pid = os.fork()
             if pid == 0:
                 _be_child(parent, body, writing)
-            pidfd = _open_pidfd(pid)
+            unless_forked.callback(_kill, pid)
+            pidfd = os.pidfd_open(pid)
         except OSError as error:
             raise LguestError(
                 f"cannot fork {name}: {error.strerror}; the host is short of processes, memory or files"
             ) from error
         unless_forked.pop_all()
-    complaints = None if ear is None or errors is None else Complaints(name, errors, ear.loop, ear.log)
     return Child(name, pid, pidfd, complaints)
 
 
-def _open_pidfd(pid: int) -> int:
-    try:
-        return os.pidfd_open(pid)
-    except OSError:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        raise
+def _kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def _be_child(parent: int, body: Callable[[], int], errors: int | None) -> NoReturn:
@@ -166,11 +172,12 @@ def keep_only(wanted: Iterable[int], null: int) -> None:
             continue  # the listing's own
 
 
-def end_all(children: Sequence[Child], grace: float) -> None:
+def end_all(children: Sequence[Child], grace: float) -> list[str]:
     """Ends the children, those that do not hear within ``grace`` seconds by force, and reaps them.
 
     One that does not even hear that, since it waits for a disk that does not answer, is left to Linux: it never runs
-    again, and its parent need not wait for the disk, too.
+    again, and its parent need not wait for the disk, too. But what it has begun may still be done to guest memory and
+    to the disk. Returns the names of those.
     """
     deadline = time.monotonic() + grace
     for child in children:
@@ -179,13 +186,22 @@ def end_all(children: Sequence[Child], grace: float) -> None:
         if not child.has_ended(deadline - time.monotonic()):
             child.signal(signal.SIGKILL)
     deadline = time.monotonic() + grace
+    left_behind = []
     for child in children:
         if child.has_ended(deadline - time.monotonic()):
             child.reap()
         else:
             say(f"{child.name} waits for the host and cannot be ended; it is left behind")
-            child.is_reaped = True
-            os.close(child.pidfd)
+            child.leave_behind()
+            left_behind.append(child.name)
+    return left_behind
+
+
+def _is_ordinary(status: int) -> bool:
+    """Whether a guest can bring a process to this end as often as it likes, by resets or by breaking the standard."""
+    if os.WIFSIGNALED(status):
+        return os.WTERMSIG(status) == signal.SIGTERM
+    return os.WEXITSTATUS(status) in {0, worker.DRIVER_BROKE_STANDARD}
 
 
 def how_it_ended(status: int) -> str:

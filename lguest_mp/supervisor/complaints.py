@@ -27,7 +27,10 @@ LONGEST = 1000
 
 
 class Complaints:
-    """The reading end of a child's standard error, ``fd``, which this owns; ``name`` is the child's."""
+    """The reading end of a child's standard error, ``fd``, which this owns from now on; ``name`` is the child's.
+
+    OSError: the host cannot watch it; ``fd`` is the caller's then.
+    """
 
     def __init__(self, name: str, fd: int, loop: Loop, log: Log) -> None:
         os.set_blocking(fd, False)
@@ -39,9 +42,10 @@ class Complaints:
         self._pause: Timer | None = None
         loop.watch(fd, self._read)
 
-    def finish(self) -> None:
-        """The child has ended: takes its last words and closes the pipe."""
-        self._log.forgive(self._name)
+    def finish(self, *, crashed: bool = False) -> None:
+        """The child has ended: takes its last words, which are of interest if it crashed, and closes the pipe."""
+        if crashed:
+            self._log.forgive(self._name)
         if self._pause is not None:
             self._pause.cancel()
         else:
@@ -62,7 +66,10 @@ class Complaints:
 
     def _go_on(self) -> None:
         self._pause = None
-        self._loop.watch(self._fd, self._read)
+        try:
+            self._loop.watch(self._fd, self._read)
+        except OSError:  # the host is short of memory now
+            self._pause = self._loop.later(PAUSE, self._go_on)
 
     def _take(self) -> int | None:
         """Reads once and tells all whole lines; how many bytes there were, 0 at the end, None: nothing now."""

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from lguest_mp.supervisor.children import Child, Naming
     from lguest_mp.supervisor.ending import Ending
     from lguest_mp.supervisor.loop import Loop, Timer
+    from lguest_mp.supervisor.news import News
     from lguest_mp.supervisor.parts import WriteWatches
     from lguest_mp.supervisor.resources import Resources
 
@@ -119,10 +120,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Listener:
-    """Whom the devices tell: that the guest is to end; what the machine has to know, of devices by their index."""
+    """Whom the devices tell: that the guest is to end; what the machine has to know."""
 
     end: Callable[[Ending], None]
-    tell_machine: Callable[[protocol.DeviceBroken | protocol.DeviceMended | protocol.ConfigChanged], None]
+    news: News
 
 
 class Devices:
@@ -192,19 +193,24 @@ class Devices:
 
     def reconfigure(self, served: ServedDevice, offset: int, data: bytes) -> None:
         """Changes a device's configuration space; ValueError if it has nothing there."""
-        served.port.device.apply_config(offset, data)
-        self._listener.tell_machine(protocol.ConfigChanged(served.index, offset, data.hex()))
+        device = served.port.device
+        before = device.config_space()
+        device.apply_config(offset, data)
+        if device.config_space() == before:
+            return
+        self._listener.news.tell(protocol.ConfigChanged(served.index, offset, data.hex()))
 
     def children(self) -> list[Child]:
         """The workers' processes, device by device."""
         return [each.child for served in self.served for each in served.workers()]
 
-    def end_all(self) -> None:
-        """Ends every worker, waits for it, and hears what it still had to say."""
-        self._workers.end_all()
+    def end_all(self) -> list[str]:
+        """Ends every worker, waits for it, and hears what it still had to say; the names of those left behind."""
+        left_behind = self._workers.end_all()
         for _, queue in self._of.values():
             queue.worker = None
             queue.close_gap()
+        return left_behind
 
     # ---- What the machine asks for ----
 
@@ -245,6 +251,7 @@ class Devices:
 
         def finish() -> None:
             served.life = DeviceLife.RESET
+            self._listener.news.forget(served.index)
             for queue in served.queues:
                 drain(queue.post.kick)
 
@@ -337,7 +344,7 @@ class Devices:
         served.life = life
         for queue in served.queues:
             self._dismiss(queue)
-        self._listener.tell_machine(protocol.DeviceBroken(served.index))
+        self._listener.news.tell(protocol.DeviceBroken(served.index))
 
     # ---- What a person asks for ----
 
@@ -355,7 +362,7 @@ class Devices:
             case DeviceLife.FAILED:
                 self._warn(f"{served.name} is served again", served.name)
                 served.life = DeviceLife.SERVED
-                self._listener.tell_machine(protocol.DeviceMended(served.index))
+                self._listener.news.tell(protocol.DeviceMended(served.index))
         for queue in queues:
             queue.restarts.forget()
             self._restart_queue(queue)

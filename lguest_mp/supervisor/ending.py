@@ -58,6 +58,11 @@ def worker_died(name: str, how: str) -> Ending:
     return Exit(ExitStatus.WORKER_DIED, f"the worker {name} {how}; the guest is stopped")
 
 
+def cannot_reboot(left_behind: list[str]) -> Ending:
+    """What these had begun may still be done, to a memory and a disk that would be another guest's by then."""
+    return failed(f"the guest cannot reboot: {', '.join(left_behind)} cannot be ended, and may still write")
+
+
 def interrupted() -> Ending:
     return Signalled(signal.SIGINT)
 

@@ -33,6 +33,7 @@ from lguest_mp.supervisor.children import Ear
 from lguest_mp.supervisor.devices import Devices, Listener, Request
 from lguest_mp.supervisor.log import Level
 from lguest_mp.supervisor.loop import Loop
+from lguest_mp.supervisor.news import News
 from lguest_mp.supervisor.signals import STOPPING
 from lguest_mp.virtio.console import Console
 from lguest_mp.virtio.device import DeviceId
@@ -115,12 +116,14 @@ class Guest:
                     self._service.look(self._devices)
                     self._step(entry)
                 self._verbose_table()
-                return self._ending
             finally:
                 self._life = Life.ENDED
-                self._end_processes()
+                left_behind = self._end_processes()
+                if left_behind and isinstance(self._ending, ending.Rebooting):
+                    self._ending = ending.cannot_reboot(left_behind)
                 if self._control is not None:
                     self._control.close(self._ending)
+            return self._ending
 
     # ---- Starting ----
 
@@ -150,7 +153,7 @@ class Guest:
             self._watches,
             self._naming,
             self._loop,
-            Listener(self.end, lambda message: self._tell_machine(self._events, message)),
+            Listener(self.end, News(self._events, self._loop)),
             self._restarted,
             self._grace,
         )
@@ -434,12 +437,17 @@ class Guest:
         helpers = [device.helper for device in self._resources.devices if device.helper is not None]
         return [*machine, *self._devices.children(), *helpers]
 
-    def _end_processes(self) -> None:
-        """The machine first, so that nobody works for it any more, then the workers; the terminal is the user's."""
+    def _end_processes(self) -> list[str]:
+        """The machine first, so that nobody works for it any more, then the workers; the terminal is the user's.
+
+        Returns the names of those that could not be ended.
+        """
+        left_behind: list[str] = []
         if self._machine is not None:
             if self._machine_said_its_last_word:
                 self._machine.has_ended(self._grace)
-            children.end_all([self._machine], self._grace)
+            left_behind += children.end_all([self._machine], self._grace)
             self._machine = None
-        self._devices.end_all()
+        left_behind += self._devices.end_all()
         self._screen.restore()
+        return left_behind

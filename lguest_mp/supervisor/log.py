@@ -5,9 +5,9 @@ name is the supervisor). All are kept, of late ones so many as there is room for
 only when the user asked for it (``--verbose``).
 
 **Nobody can talk the others down.** When room is short, the source that takes up most of it loses its oldest line. And
-a source other than the supervisor may say so many lines at once, so many a second in the long run; of the rest is said
-only how many there were. A line has an end, and no control character in it reaches a terminal: it may hold what a guest
-made up, or a worker that is no longer itself.
+a source other than the supervisor may say so many lines at once, so many a second in the long run, and have as much
+said about itself; of the rest is said only how many there were. A line has an end, and no control character in it
+reaches a terminal: it may hold what a guest made up, or a worker that is no longer itself.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ MOST_ENTRIES = 1000
 MOST_CHARACTERS = 256 << 10
 #: What is longer is cut. A character may be four bytes, and no line may be longer than a pipe takes at once.
 LONGEST_LINE = 1000
-#: What a source other than the supervisor may say: lines at once, and lines a second.
+#: What a source other than the supervisor may say, and what the supervisor says about one: lines at once, and lines a
+#: second.
 BURST = 200
-RATE = 10
+RATE = 2
 #: What each kept line takes beside its text, roughly and in characters: an empty line is not free.
 _OVERHEAD = 50
 
@@ -74,13 +75,29 @@ class Output(Protocol):
 
 @dataclass(slots=True)
 class _Source:
-    """What is kept of one source, with each line's number in the whole log; and how much it may still say."""
+    """What is kept of one source, with each line's number in the whole log."""
 
     kept: deque[tuple[int, Entry]] = field(default_factory=deque)
     characters: int = 0
-    allowance: float = BURST
-    counted: float = 0.0
+
+
+@dataclass(slots=True)
+class _Allowance:
+    """How much may still be said, as of the moment ``counted``; and what was ``dropped`` since there was none left."""
+
+    counted: float
+    lines: float = BURST
     dropped: int = 0
+
+    def take(self, now: float) -> bool:
+        """Whether there may be one more line; counts it."""
+        self.lines = min(BURST, self.lines + (now - self.counted) * RATE)
+        self.counted = now
+        if self.lines < 1:
+            self.dropped += 1
+            return False
+        self.lines -= 1
+        return True
 
 
 class Log:
@@ -91,6 +108,9 @@ class Log:
         self._lowest = Level.DEBUG if verbose else Level.NOTICE
         self._clock = clock
         self._sources: dict[str, _Source] = {}
+        #: By source: what it may say itself, and what may be said about it.
+        self._own_words: dict[str, _Allowance] = {}
+        self._about: dict[str, _Allowance] = {}
         self._number = 0
         self._entries = 0
         self._characters = 0
@@ -100,43 +120,37 @@ class Log:
 
     def say(self, text: str, level: Level = Level.NOTICE, source: str = "") -> None:
         """One line of ``source``'s for a person, which names by itself what it is about."""
-        if self._allows(source, level):
+        if self._allows(self._own_words, source, level):
             self._add(level, source, text, text)
 
     def tell(self, text: str, level: Level, about: str) -> None:
         """One line of the supervisor's about ``about``, however much that has to say itself."""
-        self._add(level, about, text, text)
+        if self._allows(self._about, about, level):
+            self._add(level, about, text, text)
 
     def quote(self, source: str, text: str, level: Level = Level.WARNING) -> None:
         """One line that is no message to anybody: a process's words as it wrote them."""
-        if self._allows(source, level):
+        if self._allows(self._own_words, source, level):
             self._add(level, source, text, f"{source}: {text}")
 
     def forgive(self, source: str) -> None:
-        """Whatever ``source`` said so far, it may say as much again as at first. For the last words of a process."""
-        found = self._sources.get(source)
-        if found is not None:
-            found.allowance = BURST
-            self._tell_dropped(source, found)
+        """Whatever ``source`` said so far, it may say as much again as at first. For the last words before a crash."""
+        if (known := self._own_words.pop(source, None)) is not None:
+            self._tell_dropped(source, known)
 
-    def _allows(self, source: str, level: Level) -> bool:
-        """Whether ``source`` may say one more line. Lines that nobody is shown are free: what is kept is bounded."""
-        if not source or level > self._lowest or level > Level.NOTICE:
+    def _allows(self, allowances: dict[str, _Allowance], source: str, level: Level) -> bool:
+        """Whether there may be one more line. Those that nobody is shown are free: what is kept is bounded."""
+        if not source or (level > self._lowest and not self._subscribers):
             return True
-        known = self._sources.setdefault(source, _Source(counted=self._clock()))
-        now = self._clock()
-        known.allowance = min(BURST, known.allowance + (now - known.counted) * RATE)
-        known.counted = now
-        if known.allowance < 1:
-            if not known.dropped:
+        known = allowances.setdefault(source, _Allowance(self._clock()))
+        if not known.take(self._clock()):
+            if known.dropped == 1:
                 self._add(Level.WARNING, source, "too many lines", f"{source}: too many lines; some are dropped")
-            known.dropped += 1
             return False
-        known.allowance -= 1
         self._tell_dropped(source, known)
         return True
 
-    def _tell_dropped(self, source: str, known: _Source) -> None:
+    def _tell_dropped(self, source: str, known: _Allowance) -> None:
         dropped, known.dropped = known.dropped, 0
         if dropped:
             text = f"{dropped} lines were dropped"
@@ -151,7 +165,7 @@ class Log:
             tell(entry)
 
     def _keep(self, entry: Entry) -> None:
-        source = self._sources.setdefault(entry.source, _Source(counted=self._clock()))
+        source = self._sources.setdefault(entry.source, _Source())
         size = len(entry.text) + _OVERHEAD
         source.kept.append((self._number, entry))
         source.characters += size

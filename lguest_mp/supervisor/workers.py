@@ -153,9 +153,17 @@ class Workers:
             except BaseException:
                 ours.close()
                 raise
-        each = self._all[post] = Worker(post, child, ours, account.requests, plan, files)
-        self._loop.watch(ours.fileno(), lambda: self._on_report(each))
-        self._loop.watch(child.pidfd, lambda: self._on_exit(each))
+        each = Worker(post, child, ours, account.requests, plan, files)
+        try:
+            self._loop.watch(ours.fileno(), lambda: self._on_report(each))
+            self._loop.watch(child.pidfd, lambda: self._on_exit(each))
+        except OSError as error:
+            self._loop.forget(ours.fileno())
+            ours.close()
+            child.signal(signal.SIGKILL)
+            child.reap()
+            raise LguestError(f"cannot watch {name}: {error.strerror}") from error
+        self._all[post] = each
         self._verbose(f"{name} is process {child.pid}")
         return each
 
@@ -207,12 +215,13 @@ class Workers:
         text = f"{each.child.name} does not even die; its queue waits for the host"
         self._resources.log.tell(text, Level.WARNING, each.child.name)
 
-    def end_all(self) -> None:
-        """Ends every worker, waits for it, and hears what it still had to say."""
+    def end_all(self) -> list[str]:
+        """Ends every worker, waits for it, and hears what it still had to say; the names of those left behind."""
         everybody = list(self)
-        children.end_all([each.child for each in everybody], self._grace)
+        left_behind = children.end_all([each.child for each in everybody], self._grace)
         for each in everybody:
             self._forget(each)
+        return left_behind
 
     def _forget(self, each: Worker) -> None:
         self._loop.finish(each.reports.fileno(), lambda: self._on_report(each))

@@ -30,6 +30,8 @@ from lguest_mp.jail import User
 from lguest_mp.machine.wiring import DevicePort
 from lguest_mp.memory import GuestMemory
 from lguest_mp.protocol import DeviceReset, DriverReady, QueueReady, QueueReset
+from lguest_mp.supervisor import children
+from lguest_mp.supervisor.children import Child
 from lguest_mp.supervisor.loop import is_readable
 from lguest_mp.supervisor.parts import MachineBody, Parts
 from lguest_mp.supervisor.run import run
@@ -62,6 +64,7 @@ class Order(IntEnum):
     CRASH_AT_WORK = 10
     SPIN = 11
     WAIT_FOR_HOST = 12
+    FLOOD = 13
 
 
 class FakeDevice(Device):
@@ -115,6 +118,11 @@ class FakeDevice(Device):
             case Order.WAIT_FOR_HOST:
                 account.fields[ledger.PHASE] = ledger.Phase.WAITING
                 wait_for_the_end()
+            case Order.FLOOD:
+                for number in range(20_000):
+                    context.config_changed(0, bytes([number & 255]))
+                    context.log("x" * 900)
+                os.eventfd_write(call, 1)
             case Order.EXIT:
                 os._exit(9)
 
@@ -393,6 +401,25 @@ def broken_device(machine: Machine) -> None:
     machine.tell(protocol.PowerOff())
 
 
+def flood(machine: Machine) -> None:
+    """A worker that is no longer itself says what it can, while the machine does not listen."""
+    machine.make_ready(BLOCK)
+    machine.make_ready(CONSOLE)
+    machine.order(BLOCK, 0, Order.FLOOD)
+    assert machine.answer(BLOCK, 0) == 1
+    assert machine.pid(CONSOLE, 0)
+    machine.tell(protocol.PowerOff())
+
+
+def breaks_the_standard_for_ever(machine: Machine) -> None:
+    for _ in range(int(machine.config.arguments[0])):
+        machine.make_ready(BLOCK)
+        machine.order(BLOCK, 0, Order.BREAK_STANDARD)
+        assert protocol.receive(machine.events) == protocol.DeviceBroken(BLOCK)
+        machine.ask(DeviceReset(BLOCK))
+    machine.tell(protocol.PowerOff())
+
+
 # ---- Scenarios: workers that crash ----
 
 
@@ -556,6 +583,12 @@ def reboots(machine: Machine) -> None:
     machine.tell(protocol.PowerOff() if lives == int(machine.config.arguments[0]) else protocol.Reboot())
 
 
+def reboots_with_one_left_behind(machine: Machine) -> None:
+    """A worker waits for a disk that does not answer, and the guest wants to start afresh."""
+    machine.make_ready(STUBBORN)
+    machine.tell(protocol.Reboot())
+
+
 def reboots_in_place(machine: Machine) -> None:
     """Reboots when an ``r`` is typed, and finds memory as it should be at every start."""
     assert machine.memory.read(0x6000, len(PATTERN)) == bytes(len(PATTERN)), "memory is cleared"
@@ -575,7 +608,20 @@ SCENARIOS: dict[str, Callable[[Machine], None]] = {
         *(queue_of_a_reset_device, an_answer_of_its_own, ready_again),
         *(crashes, crashes_too_often, crashes_in_a_loop, gets_stuck),
         *(log, resets, resets_under_load, resets_of_nothing, queue_resets, stubborn_worker),
-        *(stubborn_worker_at_the_end, broken_device, files, who, sizes, echo, by_keys, reboots, reboots_in_place),
+        *(
+            stubborn_worker_at_the_end,
+            broken_device,
+            flood,
+            breaks_the_standard_for_ever,
+            files,
+            who,
+            sizes,
+            echo,
+            by_keys,
+            reboots,
+            reboots_in_place,
+        ),
+        reboots_with_one_left_behind,
     )
 } | {f"worker_{order.name.lower()}": _order_block(order) for order in Order}
 
@@ -629,8 +675,17 @@ def parts(scenario: str) -> Parts:
     )
 
 
+class UndyingChild(Child):
+    """To whom only a disk that answers could bring an end."""
+
+    def has_ended(self, timeout: float = 0) -> bool:
+        return super().has_ended(timeout) and not self.name.startswith("mule0")
+
+
 def main() -> int:
     scenario, *arguments = sys.argv[1:]
+    if scenario == reboots_with_one_left_behind.__name__:
+        children.Child = UndyingChild  # type: ignore[misc]
     try:
         return cli.conclude(run(cli.parse(arguments), parts(scenario), GRACE))
     except LguestError as error:

@@ -78,6 +78,20 @@ def test_a_child_that_has_ended_takes_no_signal_amiss() -> None:
     os.close(child.pidfd)
 
 
+def test_a_child_that_cannot_be_ended_is_left_behind(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that waits for a disk."""
+    before = os.listdir("/proc/self/fd")
+    child = children.fork("block0/requestq", lambda: 0)
+    monkeypatch.setattr(child, "has_ended", lambda timeout=0: False)
+    assert children.end_all([child], 0) == ["block0/requestq"]
+    assert "cannot be ended" in capfd.readouterr().err
+    child.signal(signal.SIGKILL)  # concerns nobody
+    assert os.listdir("/proc/self/fd") == before
+    os.waitpid(child.pid, 0)
+
+
 def test_a_child_keeps_only_its_files_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in another root directory."""
     null = os.open(os.devnull, os.O_RDWR)

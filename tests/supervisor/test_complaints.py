@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import pytest
 from hypothesis import given, settings
@@ -187,3 +189,17 @@ def test_a_fork_that_fails_leaves_no_pipe(ear: Ear, monkeypatch: pytest.MonkeyPa
     with pytest.raises(LguestError, match="cannot fork child"):
         children.fork("child", lambda: 0, ear)
     assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize("what", ["watch", "pidfd_open"])
+def test_a_host_that_cannot_watch_a_child_has_none(ear: Ear, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(Loop if what == "watch" else os, what, fail)
+    with pytest.raises(LguestError, match="cannot fork child"):
+        children.fork("child", lambda: 0, ear)
+    assert os.listdir("/proc/self/fd") == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)

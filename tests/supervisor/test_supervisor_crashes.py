@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+
 import pytest
 from launching import Launch, Launched
 
@@ -89,6 +91,16 @@ class TestStuck:
         launcher = launch("worker_spin", "--stuck-after=0.4", "--on-crash=stop")
         assert launcher.finish() == 4
         assert said(launcher, "the worker block0/requestq was stuck (spins, with ")
+
+
+@pytest.mark.parametrize("options", [(), (f"--username={getpass.getuser()}",)], ids=["by exec", "in place"])
+def test_nobody_reboots_while_somebody_may_still_write(launch: Launch, options: tuple[str, ...]) -> None:
+    launcher = launch("reboots_with_one_left_behind", *options)
+    assert launcher.finish() == 1
+    assert launcher.lines == [
+        "mule0/requestq waits for the host and cannot be ended; it is left behind",
+        "the guest cannot reboot: mule0/requestq cannot be ended, and may still write",
+    ]
 
 
 def test_restarts_are_counted_across_reboots(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from launching import Launch
 
+from lguest_mp.supervisor.log import BURST
+
 
 @pytest.mark.parametrize(
     "scenario",
@@ -30,6 +32,20 @@ def test_a_broken_device_is_one_line_and_nobody_else_notices(launch: Launch) -> 
     assert launcher.lines == [
         "console/receiveq: a descriptor?[2J beyond all (virtio 1.2, 2.7.5); the device needs a reset"
     ]
+
+
+def test_a_driver_that_breaks_the_standard_for_ever_does_not_fill_the_log(launch: Launch) -> None:
+    launcher = launch("breaks_the_standard_for_ever", arguments=(str(2 * BURST),))
+    assert launcher.finish() == 0, launcher.output
+    assert "block0/requestq: too many lines; some are dropped" in launcher.lines
+    assert len(launcher.lines) < 1.7 * BURST
+
+
+def test_a_worker_that_never_stops_talking_is_heard_by_nobody_to_death(launch: Launch) -> None:
+    launcher = launch("flood", "--verbose")
+    assert launcher.finish() == 0, launcher.output
+    assert "block0/requestq: too many lines; some are dropped" in launcher.lines
+    assert launcher.lines.count("x" * 900) < 2 * BURST
 
 
 def test_a_worker_says_something(launch: Launch) -> None:
