@@ -1,8 +1,7 @@
 """What is left of the file system, TCP, signals and abstract sockets: nothing, by Landlock (landlock(7)).
 
 The list of system calls (``seccomp.py``) does not let a process open a file either. This is the second wall, which
-knows what a path leads to: the one process that has to list a directory (a link's transmitq) can list that one and no
-other, and a root directory that was given with ``--chroot`` cannot be left by a directory that is open.
+stands also where the first one has a hole.
 
 Landlock grew: what this host's version (its *ABI*) does not know is left out. Files that were open before are not
 concerned, except that they cannot be truncated or the like by name.
@@ -18,14 +17,11 @@ import os
 import struct
 
 _SYS_CREATE_RULESET = 444
-_SYS_ADD_RULE = 445
 _SYS_RESTRICT_SELF = 446
 _CREATE_RULESET_VERSION = 1 << 0
-_RULE_PATH_BENEATH = 1
 
 #: By ABI, how many rights on files there are (LANDLOCK_ACCESS_FS_*, from EXECUTE on): with REFER, TRUNCATE, IOCTL_DEV.
 _FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16}
-_READ_DIR = 1 << 3
 #: LANDLOCK_ACCESS_NET_BIND_TCP, _CONNECT_TCP
 _TCP_ABI, _TCP = 4, 0b11
 #: LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET, _SIGNAL
@@ -35,8 +31,6 @@ COMPLETE_ABI = 6
 
 #: struct landlock_ruleset_attr: rights on files, rights on ports, scopes; older kernels know the beginning of it.
 _RULESET = struct.Struct("=QQQ")
-#: struct landlock_path_beneath_attr, packed: rights, file descriptor.
-_PATH_BENEATH = struct.Struct("=Qi")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -58,23 +52,18 @@ def missing(error: OSError) -> str:
 
 
 class Ruleset:
-    """What remains: the ``directories`` (file descriptors) may be listed, with those below them. Made before a fork."""
+    """What remains: nothing that this host's Landlock, of version ``abi``, knows of. Made before a fork."""
 
-    def __init__(self, abi: int, directories: tuple[int, ...] = ()) -> None:
+    def __init__(self, abi: int) -> None:
         rights = (1 << max(count for since, count in _FILE_RIGHTS.items() if since <= abi)) - 1
         ports = _TCP if abi >= _TCP_ABI else 0
         scopes = _SCOPES if abi >= _SCOPES_ABI else 0
         known = 24 if scopes else 16 if ports else 8
         self._attribute = ctypes.create_string_buffer(_RULESET.pack(rights, ports, scopes)[:known], known)
-        self._rules = tuple(
-            ctypes.create_string_buffer(_PATH_BENEATH.pack(_READ_DIR, each), _PATH_BENEATH.size) for each in directories
-        )
 
     def enter(self) -> None:
         """Takes effect in this thread, and whatever it starts, for good. OSError. Needs no-new-privileges."""
         ruleset = _call(_SYS_CREATE_RULESET, self._attribute, ctypes.c_size_t(len(self._attribute)), 0)
-        for rule in self._rules:
-            _call(_SYS_ADD_RULE, ruleset, _RULE_PATH_BENEATH, rule, 0)
         _call(_SYS_RESTRICT_SELF, ruleset, 0)
         os.close(ruleset)
 

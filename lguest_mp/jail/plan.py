@@ -75,7 +75,6 @@ class Plan:
             "opens": self.needs.more_files,
             "limits": {limit.name: limit.value for limit in self.limits},
             "landlock": self.abi,
-            "directories": list(self.needs.directories),
             "calls": None if self.program is None else [str(call) for call in _allowed(self.needs)],
         }
 
@@ -113,7 +112,7 @@ class Jail:
         return Plan(
             needs,
             limits.of(needs, self._memory),
-            Ruleset(abi, needs.directories) if abi else None,
+            Ruleset(abi) if abi else None,
             seccomp.assemble(_allowed(needs), calls.REFUSED) if self._mechanisms.seccomp else None,
             abi,
         )

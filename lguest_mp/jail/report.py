@@ -60,8 +60,7 @@ def _calls(seen: _Seen, plan: dict[str, Any]) -> tuple[str, str]:
 def _landlock(plan: dict[str, Any]) -> tuple[str, str]:
     if not plan["landlock"]:
         return _NOT, "the host has no Landlock; no system call in the list opens a file or makes a TCP socket"
-    but = "; it may list the directory of its link" if plan["directories"] else ""
-    return _FORCE, f"Landlock, ABI {plan['landlock']}: none{but}"
+    return _FORCE, f"Landlock, ABI {plan['landlock']}: none"
 
 
 class _Seen:

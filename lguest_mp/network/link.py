@@ -15,21 +15,20 @@ Each of these is met in practice:
 - *A name that cannot be connected to yet*: none is seen, since a socket gets its final name only when it is bound.
 - *A guest that does not read* (it is stopped, it has no driver now, it is slow): the kernel keeps a few datagrams for
   it (net.unix.max_dgram_qlen, 10 or 512 usually). Then whoever sends to it waits, which slows a fast sender down
-  without a loss, but not longer than :data:`PATIENCE`, and no more than :data:`EARNED` of the time. Who was waited for
-  in vain is *stuck*: until it takes a frame, what does not go into its queue at once is lost. So one that reads nothing
-  costs a sender 20 ms once, and a slow one, even on purpose, 2 % of its time. The others get theirs before anybody is
-  waited for. The price is that a sender that is faster than its receiver loses frames: of TCP between two guests on a
-  busy host 0.6 % had to be sent again, instead of 0.1 % with patience for every frame.
+  without a loss, but not longer than ``peers.PATIENCE``, and no more than ``peers.EARNED`` of the time. Who was waited
+  for in vain is *stuck*: until it takes a frame, what does not go into its queue at once is lost. So one that reads
+  nothing costs a sender 20 ms once, and a slow one, even on purpose, 2 % of its time. The others get theirs before
+  anybody is waited for. The price is that a sender that is faster than its receiver loses frames: of TCP between two
+  guests on a busy host 0.6 % had to be sent again, instead of 0.1 % with patience for every frame.
 - *A guest that had no driver* (it booted, it reset its device) gets what waited for it meanwhile, a queue at most. That
   harms nobody: each header is checked against what the driver accepts that gets it. To throw it away when a worker
   begins would lose frames of a driver that is there, after a crash or a reset of one queue.
 - *A path longer than a socket's address may be* (107 bytes): every name is used relative to its directory.
 
 **Who may do what.** The directory is its user's alone. A guest can send what it likes to the others (their devices do
-not trust it), with any address as its own and as fast as they read, as on any wire. A guest that has broken into a
-worker of this device holds the directory, as its user: it can take away the others' names or bind their addresses, and
-so cut the link or listen to it. And the directory is a way out of a root directory that was given with ``--chroot``
-(``..``), to whatever the worker's user may reach.
+not trust it), with any address as its own and as fast as they read, as on any wire. One that has broken into a worker
+of this device can do no more: the worker has its own socket, or those that are connected to the others', but neither
+the directory nor a way to make sockets (``introductions.py``).
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import re
 import select
 import socket
 import time
@@ -47,60 +45,34 @@ from typing import TYPE_CHECKING
 
 from lguest_mp import runtime
 from lguest_mp.errors import LguestError
-from lguest_mp.jail.calls import Call, Check, ioctls, plain
+from lguest_mp.jail.calls import plain
 from lguest_mp.jail.needs import Needs
 from lguest_mp.network import header
+from lguest_mp.network import mac as addresses
+from lguest_mp.network.introductions import MOST_KNOWN, Directory, Introducer, address_of
+from lguest_mp.network.peers import Peers
 from lguest_mp.network.wire import LONGEST_FRAME, Wire
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from lguest_mp.jail import User
+    from lguest_mp.supervisor.loop import Loop
 
-#: How long (seconds) senders wait for a guest whose queue is full, and how much of that each second earns it. By the
-#: frame it would be at a guest's choice how long others wait.
-PATIENCE = 0.02
-EARNED = 0.02
 #: How long (seconds) a guest has to go away before the next one with its MAC address is refused.
 TAKEOVER = 1.0
 #: How long (seconds) to wait for others who are joining or leaving; each takes a millisecond.
 LOCKED = 5.0
-#: A directory's time of change may stay the same for so long (seconds) while the directory changes: the kernel reads
-#: the clock for it once in a timer's tick, which is 10 ms at most.
-SETTLING = 0.05
 
-#: Room in a socket for what it has sent and nobody has read: more than one of the longest frames, so that the reader
-#: has one while the sender makes the next. The kernel grants net.core.wmem_max at most.
-_SEND_BUFFER = 4 * LONGEST_FRAME
 #: Destination, source, type.
 _ETHERNET_HEADER = 14
 _DESTINATION = slice(header.LENGTH, header.LENGTH + 6)
-#: How opendir(3) opens, what stat(2) of a file descriptor is to some C libraries, how Python makes a socket and
-#: switches it to non-blocking (include/uapi/linux/fcntl.h, include/uapi/asm-generic/ioctls.h).
-_LISTING = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_DIRECTORY
-_AT_EMPTY_PATH = 0x1000
-_DATAGRAMS = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
-_FIONBIO = 0x5421
 _SHORTEST_FRAME = header.LENGTH + _ETHERNET_HEADER
 #: How often (seconds) it is tried again to join or to lock.
 _RETRY = 0.01
-#: Errors of a write that are the frame's or the host's doing and not the receiver's.
-_OWN_ERRORS = frozenset({errno.EMSGSIZE, errno.ENOBUFS, errno.ENOMEM, errno.EINVAL, errno.EFAULT})
+#: What the transmitq's worker does besides, where its supervisor introduces the others to it.
+_SENDING = plain("writev", "recvmsg")
 
-#: What the transmitq's worker does besides writing. A directory is all that it may open, and with Landlock the link's.
-_SENDING = (
-    *plain("writev", "fchdir", "getdents64"),
-    Call("openat", (Check(2, _LISTING, "a directory to list"),)),
-    Call("newfstatat", (Check(3, _AT_EMPTY_PATH, "AT_EMPTY_PATH"),)),
-    Call("socket", (Check(0, socket.AF_UNIX, "AF_UNIX"), Check(1, _DATAGRAMS, "SOCK_DGRAM"))),
-    *plain("connect"),
-    *ioctls((_FIONBIO, "FIONBIO")),
-    Call("setsockopt", (Check(1, socket.SOL_SOCKET, "SOL_SOCKET"), Check(2, socket.SO_SNDBUF, "SO_SNDBUF"))),
-)
-#: More guests than anybody has on one link.
-_MOST_SOCKETS = 1024
-
-_MAC_NAME = re.compile("[0-9a-f][02468ace](:[0-9a-f]{2}){5}", re.ASCII)
 _DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -116,7 +88,10 @@ class Link(Wire):
     def __init__(self, name: str, mac: bytes, user: User | None = None) -> None:
         self._name = name
         self._place = _Place(name, mac, user)
-        self._others = _Others(self._place.directory, mac)
+        self._mac = mac
+        self._directory = Directory(self._place.directory, mac)
+        self._introducer: Introducer | None = None
+        self._peers = Peers(self._directory, mac)
         self._fd = self._place.socket.fileno()
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLIN)
@@ -128,14 +103,26 @@ class Link(Wire):
         """``link lab``."""
         return f"link {self._name}"
 
+    def attend(self, loop: Loop) -> None:
+        """Has the other guests introduced to whoever is forked from now on."""
+        if self._introducer is not None:
+            self._introducer.close()
+        self._introducer = Introducer(self._directory, loop)
+        self._peers = Peers(self._introducer.introductions(), self._mac)
+
     @property
     def files(self) -> tuple[int, ...]:
-        """The guest's own socket, and the directory with the others'."""
-        return (self._fd, self._place.directory)
+        """The guest's own socket."""
+        return (self._fd,)
+
+    @property
+    def files_of_writer(self) -> tuple[int, ...]:
+        """Where the other guests are introduced."""
+        return () if self._introducer is None else (self._introducer.fd,)
 
     def needs_of_writer(self) -> Needs:
-        """Finding the other guests' sockets in the link's directory, and one connected to each of them."""
-        return Needs(_SENDING, directories=(self._place.directory,), more_files=_MOST_SOCKETS)
+        """A socket connected to each of the other guests."""
+        return Needs(_SENDING, more_files=MOST_KNOWN)
 
     def attach(self, features: int, header_size: int) -> None:
         """Headers on the link have 12 bytes. For a driver whose headers are shorter, the end is cut off and made up."""
@@ -164,11 +151,13 @@ class Link(Wire):
     def write(self, views: Sequence[memoryview]) -> None:
         """Sends a frame to whom it is for. OSError: it is none, or the host cannot. Nobody says whether it arrived."""
         frame = _lengthened(views, bytes(self._missing)) if self._missing else views
-        self._others.send(_destination(frame), frame)
+        self._peers.send(_destination(frame), frame)
 
     def close(self) -> None:
         """Leaves the link."""
-        self._others.close()
+        self._peers.close()
+        if self._introducer is not None:
+            self._introducer.close()
         self._place.leave()
 
 
@@ -194,182 +183,19 @@ def _destination(views: Iterable[memoryview]) -> bytes:
     raise OSError(errno.EINVAL, "shorter than an Ethernet header")
 
 
-def _name_of(mac: bytes) -> str:
-    return mac.hex(":")
-
-
-def _mac_of(name: str) -> bytes | None:
-    """The MAC address that a name stands for; None if it is none, or a group's, which nobody can have."""
-    return bytes.fromhex(name.replace(":", "")) if _MAC_NAME.fullmatch(name) else None
-
-
-class _Others:
-    """The other guests on the link, as the transmit worker knows them.
-
-    It has a connected socket for each, since the kernel counts what is under way by sender's socket: what one does not
-    read takes no room from the others.
-
-    Frames to a known address need no more than that. Whether guests have come is looked up only when a frame is for all
-    or for nobody known, and seen by the directory's time of change. That guests have gone shows when sending to them,
-    and by nothing else: a runtime directory may be removed under guests that go on (with its user's last login).
-    """
-
-    def __init__(self, directory: int, mac: bytes) -> None:
-        """``directory``: its file descriptor, the link's; ``mac``: who we are."""
-        self._directory = directory
-        self._mac = mac
-        self._known: dict[bytes, _Peer] = {}
-        #: The directory's time of change as of the last look, and when it was first seen (time.monotonic).
-        self._changed = -1
-        self._first_seen = 0.0
-        #: Whether no change can have happened since the last look without another time of change.
-        self._is_settled = False
-
-    def send(self, destination: bytes, frame: Sequence[memoryview]) -> None:
-        """Sends ``frame`` to whom it is for. OSError: it could not be, or not all of them could be found."""
-        peer = self._known.get(destination)
-        if peer is not None:
-            if not self._offer(peer, frame):
-                self._wait_for([peer], frame)
-        elif destination != self._mac:
-            shortage = None
-            try:
-                self._look()
-            except OSError as error:
-                shortage = error
-            known = self._known.get(destination)
-            peers = [known] if known is not None else list(self._known.values())
-            full = [each for each in peers if not self._offer(each, frame)]
-            if full:
-                self._wait_for(full, frame)
-            if shortage is not None and known is None:
-                raise shortage
-
-    def close(self) -> None:
-        """Forgets them."""
-        for peer in list(self._known.values()):
-            self._forget(peer)
-
-    def _offer(self, peer: _Peer, frame: Sequence[memoryview]) -> bool:
-        """Whether no more can be done for this frame and ``peer``; False: its queue is full."""
-        try:
-            os.writev(peer.fd, frame)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno in _OWN_ERRORS:
-                raise
-            # It has gone. Or it has gone and come again, and no look has told: its name was there each time.
-            self._forget(peer)
-            with suppress(OSError):
-                successor = self._connect(peer.mac)
-                if successor is not None:
-                    os.writev(successor.fd, frame)
-            return True
-        peer.is_stuck = False
-        return True
-
-    def _wait_for(self, full: list[_Peer], frame: Sequence[memoryview]) -> None:
-        """Offers ``frame`` to peers whose queues are full, as these get room. Who is stuck is not waited for."""
-        begin = now = time.monotonic()
-        waiting = {peer.fd: peer for peer in full if not peer.is_stuck and peer.patience_at(begin) > 0}
-        poll = select.poll()
-        for fd in waiting:
-            poll.register(fd, select.POLLOUT)
-        deadline = begin + max((peer.patience for peer in waiting.values()), default=0)
-        while waiting and now < deadline:
-            ready = poll.poll((deadline - now) * 1000)
-            now = time.monotonic()
-            for fd, _ in ready:
-                peer = waiting[fd]
-                if self._offer(peer, frame):
-                    peer.patience -= now - begin
-                    poll.unregister(fd)
-                    del waiting[fd]
-        for peer in waiting.values():
-            peer.patience -= now - begin
-            peer.is_stuck = True
-
-    def _look(self) -> None:
-        """Sees who is there, if that may have changed.
-
-        A look is final once it is made :data:`SETTLING` after its time of change was first seen: whatever changes
-        later has another. Until then each call looks.
-        """
-        changed = os.stat(self._directory).st_mtime_ns
-        now = time.monotonic()
-        if changed != self._changed:
-            self._changed = changed
-            self._first_seen = now
-        elif self._is_settled:
-            return
-        is_final = now - self._first_seen >= SETTLING
-        self._is_settled = False  # and should the host be out of files in the midst of it
-        os.fchdir(self._directory)
-        present = {mac for name in os.listdir(".") if (mac := _mac_of(name)) is not None and mac != self._mac}
-        for mac in present - self._known.keys():
-            self._connect(mac)
-        self._is_settled = is_final
-
-    def _connect(self, mac: bytes) -> _Peer | None:
-        """Makes the guest with that address known; None if there is none. OSError: the host is out of files."""
-        try:
-            line = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        except OSError:
-            self._is_settled = False  # so the next look finds it
-            raise
-        try:
-            line.setblocking(False)
-            line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-            # In another root directory only what is relative to an open directory can be found.
-            os.fchdir(self._directory)
-            line.connect(_name_of(mac))
-        except OSError:
-            line.close()
-            return None
-        peer = self._known[mac] = _Peer(mac, line)
-        return peer
-
-    def _forget(self, peer: _Peer) -> None:
-        del self._known[peer.mac]
-        peer.line.close()
-
-
-class _Peer:
-    """Another guest on the link: its MAC address, and a socket that is connected to its."""
-
-    __slots__ = ("_since", "fd", "is_stuck", "line", "mac", "patience")
-
-    def __init__(self, mac: bytes, line: socket.socket) -> None:
-        self.mac = mac
-        self.line = line
-        self.fd = line.fileno()
-        #: Whether it was waited for in vain, and has taken nothing since.
-        self.is_stuck = False
-        #: How long (seconds) it is waited for while its queue is full, as of then (time.monotonic).
-        self.patience = PATIENCE
-        self._since = time.monotonic()
-
-    def patience_at(self, now: float) -> float:
-        """``patience``, with what was earned until ``now``."""
-        self.patience = min(PATIENCE, self.patience + (now - self._since) * EARNED)
-        self._since = now
-        return self.patience
-
-
 class _Place:
     """A guest's place on a link, which its supervisor takes and gives up: ``socket``, bound and non-blocking, and
-    ``directory``, a file descriptor with which names can be found and made, but nothing be read.
+    ``directory``, a file descriptor by which names can be found and made, also in another root directory.
 
     Joining and leaving is done under a lock on the directory, so that nobody joins in a directory that is just being
-    removed. The lock is on a file description of its own: the workers have a copy of ``directory`` and could undo it.
+    removed.
     """
 
     def __init__(self, link: str, mac: bytes, user: User | None) -> None:
         if not link or link.startswith(".") or "/" in link or "\0" in link:
             raise LguestError(f"--net=link:{link}: a link's name has no '/' and does not begin with '.'")
         self._link = link
-        self._name = _name_of(mac)
+        self._name = addresses.in_words(mac)
         self._user = user
         with ExitStack() as opened:
             self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -474,7 +300,7 @@ def _sweep(directory: int) -> set[str]:
     """
     alive = set()
     for name in os.listdir(directory):
-        if name.startswith(".") or (_mac_of(name) is not None and not _answers(directory, name)):
+        if name.startswith(".") or (address_of(name) is not None and not _answers(directory, name)):
             with suppress(OSError):
                 os.unlink(name, dir_fd=directory)
         else:

@@ -42,3 +42,8 @@ def is_unicast(mac: bytes) -> bool:
 def text(mac: bytes) -> str:
     """The address as people write it: ``02:00:00:00:00:01``."""
     return mac.hex(":")
+
+
+def in_words(mac: bytes) -> str:
+    """As people write it: ``52:54:00:12:34:56``."""
+    return mac.hex(":")

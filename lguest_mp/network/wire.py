@@ -2,7 +2,7 @@
 
 A :class:`Wire` is opened by the supervisor before anything is forked, and the workers of the device inherit it. The
 receiveq's worker reads frames from it and the transmitq's worker writes frames to it, each a system call for a frame,
-from or to the guest's memory. Neither knows of the other, and neither has anything of the host's but :attr:`files`.
+from or to the guest's memory. Neither knows of the other, and neither has anything of the host's but its files.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from lguest_mp.jail.needs import Needs
 
 if TYPE_CHECKING:
     from lguest_mp.supervisor.children import Child
+    from lguest_mp.supervisor.loop import Loop
 
 #: The longest frame on any wire, in bytes, header included: 64 KiB of IP packet that is cut up later, on Ethernet with
 #: a VLAN tag or two, and the virtio header.
@@ -46,7 +47,15 @@ class Wire(ABC):
     @property
     @abstractmethod
     def files(self) -> tuple[int, ...]:
-        """The file descriptors that the workers need."""
+        """The file descriptors that the receiveq's worker needs."""
+
+    @property
+    def files_of_writer(self) -> tuple[int, ...]:
+        """Those that the transmitq's worker needs: for most wires, the same."""
+        return self.files
+
+    def attend(self, loop: Loop) -> None:  # noqa: B027 -- most wires' workers need nobody
+        """In the supervisor: serves the workers that are forked from now on, when ``loop`` comes to it. OSError."""
 
     def needs_of_reader(self) -> Needs:
         """What the receiveq's worker needs besides (jail/): for most wires, to read its files."""

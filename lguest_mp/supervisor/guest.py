@@ -147,6 +147,8 @@ class Guest:
         self._watches = self._resources.parts.make_watches(self._resources.memory, queues)
         if self._watches is not None:
             self._opened.callback(self._watches.close)
+        for device in self._resources.devices:
+            device.attend(self._loop)
         self._devices = Devices(
             self._resources,
             self._ports,

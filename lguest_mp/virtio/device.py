@@ -22,6 +22,7 @@ from lguest_mp.jail.needs import Needs
 
 if TYPE_CHECKING:
     from lguest_mp.supervisor.children import Child
+    from lguest_mp.supervisor.loop import Loop
     from lguest_mp.virtio.queue import Queue
     from lguest_mp.worker import WorkerContext
 
@@ -152,6 +153,9 @@ class Device(ABC):
 
     def connect(self) -> None:  # noqa: B027 -- most devices are ready at once
         """Finishes what making the device began and a helper has to do, as late as it can be. LguestError."""
+
+    def attend(self, loop: Loop) -> None:  # noqa: B027 -- most devices' workers need nobody
+        """Serves, in the supervisor, the workers of one life of the guest, when ``loop`` comes to it. OSError."""
 
     def helper_ended(self) -> None:  # noqa: B027 -- most devices have none
         """The supervisor has reaped the helper."""

@@ -44,6 +44,7 @@ from lguest_mp.virtio.serving import Losses
 if TYPE_CHECKING:
     from lguest_mp.network.wire import Wire
     from lguest_mp.supervisor.children import Child
+    from lguest_mp.supervisor.loop import Loop
     from lguest_mp.virtio.queue import Chain, Queue
     from lguest_mp.worker import WorkerContext
 
@@ -108,7 +109,11 @@ class Net(Device):
     @property
     def files(self) -> tuple[int, ...]:
         """The wire's."""
-        return self.wire.files
+        return tuple({*self.wire.files, *self.wire.files_of_writer})
+
+    def files_of(self, queue_index: int) -> tuple[int, ...]:
+        """The wire's."""
+        return self.wire.files if queue_index == RECEIVEQ else self.wire.files_of_writer
 
     def needs(self, queue_index: int) -> Needs:
         """The wire's."""
@@ -127,6 +132,10 @@ class Net(Device):
     def connect(self) -> None:
         """Connects the wire."""
         self.wire.connect()
+
+    def attend(self, loop: Loop) -> None:
+        """The wire does."""
+        self.wire.attend(loop)
 
     def helper_ended(self) -> None:
         """The wire is told."""

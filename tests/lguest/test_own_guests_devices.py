@@ -53,7 +53,7 @@ def wire(runtime: None) -> Iterator[Link]:
 
 def receive(wire: Link) -> bytes:
     """The next frame."""
-    socket, _directory = wire.files
+    (socket,) = wire.files
     assert select.select([socket], [], [], 60)[0]
     buffer = bytearray(2000)
     return bytes(buffer[WIRE_HEADER : wire.read([memoryview(buffer)])])

@@ -27,10 +27,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from lguest_mp import jail
 from lguest_mp.errors import LguestError
-from lguest_mp.network import link
+from lguest_mp.network import link, peers
 from lguest_mp.network.link import Link
 from lguest_mp.network.wire import LONGEST_FRAME
 from lguest_mp.supervisor import children
+from lguest_mp.supervisor.loop import Loop, is_readable
 
 #: Much longer than anything takes.
 HANGS = 60
@@ -43,6 +44,11 @@ A, B, C, UNKNOWN = (bytes([0x52, 0x54, 0, 0, 0, number]) for number in range(4))
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root may change its root directory and its user")
 
 Joiner = Callable[..., Link]
+
+
+@pytest.fixture(autouse=True)
+def _a_look_for_every_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "INTERVAL", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +70,7 @@ def links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The directory of this test's links; there is none yet."""
     (tmp_path / "run").mkdir(mode=0o700)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
-    monkeypatch.chdir(tmp_path)  # a Link that sends changes it
+    monkeypatch.chdir(tmp_path)  # for the tests that change it
     return tmp_path / "run" / "lguest" / "link"
 
 
@@ -116,12 +122,12 @@ def fill(sender: Link, destination: bytes) -> int:
 
 
 def is_stuck(sender: Link, destination: bytes) -> bool:
-    return sender._others._known[destination].is_stuck
+    return sender._peers._known[destination].is_stuck
 
 
 def be_patient(sender: Link, destination: bytes, seconds: float) -> None:
     """Has the sender wait for ``destination`` for so long, whatever was before."""
-    peer = sender._others._known[destination]
+    peer = sender._peers._known[destination]
     peer.patience, peer.is_stuck, peer._since = seconds, False, time.monotonic()
 
 
@@ -280,7 +286,8 @@ class TestFrames:
         send(a, a_frame(B))
         received(b)
         most = int(Path("/proc/sys/net/core/wmem_max").read_text())
-        room = a._others._known[B].line.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        with socket.socket(fileno=os.dup(a._peers._known[B].fd)) as line:
+            room = line.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         assert room == 2 * min(4 * LONGEST_FRAME, most)
 
     def test_one_without_an_ethernet_header(self, join: Joiner) -> None:
@@ -375,51 +382,31 @@ class TestComingAndGoing:
             send(a, a_frame(BROADCAST))
             assert received(newcomer) == [a_frame(BROADCAST)]
 
-    def test_who_comes_in_the_same_tick_of_the_clock(self, join: Joiner, links: Path) -> None:
-        """So the directory's time of change is what it was when the sender looked."""
-        a = join(A)
-        before = (links / "lab").stat().st_mtime_ns
-        send(a, a_frame(BROADCAST))
-        b = join(B)
-        os.utime(links / "lab", ns=(before, before))
-        send(a, a_frame(BROADCAST))
-        assert received(b) == [a_frame(BROADCAST)]
-
-    def test_looking_comes_to_an_end(self, join: Joiner, monkeypatch: pytest.MonkeyPatch) -> None:
-        """One look after the time of change cannot be the same any more, and then none until it changes."""
-        a, b = join(A), join(B)
+    def test_looks_are_not_made_all_the_time(self, join: Joiner, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Not for a known address, for others every INTERVAL, and at once when somebody has gone."""
         now = 1000.0
-        looks = 0
-        listdir = os.listdir
-
-        def look(path: str) -> list[str]:
-            nonlocal looks
-            looks += 1
-            return listdir(path)
-
         monkeypatch.setattr("time.monotonic", lambda: now)
-        monkeypatch.setattr("os.listdir", look)
-        for passed, expected in ((0, 1), (0.01, 2), (link.SETTLING, 3), (0, 3), (1000, 3)):
-            now += passed
-            send(a, a_frame(BROADCAST))
-            assert (looks, len(received(b))) == (expected, 1)
-        send(a, a_frame(B))
-        join(C)
-        looks = 0
-        send(a, a_frame(B))
-        assert looks == 0
-        send(a, a_frame(BROADCAST))
-        assert looks == 1
-
-    def test_a_look_that_failed_is_made_again(self, join: Joiner, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(link, "SETTLING", 0)
+        monkeypatch.setattr(peers, "INTERVAL", 0.05)
         a, b = join(A), join(B)
-        with monkeypatch.context() as patch:
-            patch.setattr(link._Others, "_connect", lambda *_: os.open("/no such file", 0))
-            with pytest.raises(FileNotFoundError):
-                send(a, a_frame(BROADCAST))
+        send(a, a_frame(BROADCAST))
+        c = join(C)
+        send(a, a_frame(BROADCAST))
+        now += 1
+        send(a, a_frame(B))
+        assert [len(received(b)), len(received(c))] == [3, 0]
+        send(a, a_frame(BROADCAST))
+        assert [len(received(b)), len(received(c))] == [1, 1]
+        b.close()
+        b = join(B)
+        send(a, a_frame(B))
+        assert received(b) == [a_frame(B)]
+
+    def test_the_working_directory_stays_what_it_was(self, join: Joiner, tmp_path: Path) -> None:
+        """A supervisor's command line may hold relative paths, and it executes that again."""
+        a, b = join(A), join(B)
         send(a, a_frame(BROADCAST))
         assert received(b) == [a_frame(BROADCAST)]
+        assert Path.cwd() == tmp_path
 
     @staticmethod
     def _be_short_of_files(patch: pytest.MonkeyPatch) -> None:
@@ -430,12 +417,8 @@ class TestComingAndGoing:
 
         patch.setattr("socket.socket", refuse)
 
-    @pytest.mark.parametrize("is_settled", [False, True])
-    def test_more_come_than_there_are_files_for(
-        self, join: Joiner, monkeypatch: pytest.MonkeyPatch, is_settled: bool
-    ) -> None:
+    def test_more_come_than_there_are_files_for(self, join: Joiner, monkeypatch: pytest.MonkeyPatch) -> None:
         """Who is known gets everything; the others do as soon as there are files again. The user is told."""
-        monkeypatch.setattr(link, "SETTLING", 0 if is_settled else 1000)
         a, b = join(A), join(B)
         for _ in range(2):
             send(a, a_frame(BROADCAST))
@@ -454,28 +437,23 @@ class TestComingAndGoing:
 
     def test_no_file_to_look_with(self, join: Joiner, monkeypatch: pytest.MonkeyPatch) -> None:
         """Listing a directory takes one, too."""
-        monkeypatch.setattr(link, "SETTLING", 1000)
         a, b = join(A), join(B)
         send(a, a_frame(BROADCAST))
         received(b)
         with monkeypatch.context() as patch:
             patch.setattr("os.listdir", lambda _: os.open("/no such file", 0))
-            with pytest.raises(FileNotFoundError):
+            with pytest.raises(OSError, match="No such file"):
                 send(a, a_frame(BROADCAST))
         assert received(b) == [a_frame(BROADCAST)]
 
-    def test_a_reboot_while_there_are_no_files(
-        self, join: Joiner, links: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """It is found again afterwards, though the directory looks as it did."""
-        monkeypatch.setattr(link, "SETTLING", 0)
+    def test_a_reboot_while_there_are_no_files(self, join: Joiner, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is found again afterwards."""
         a, b, c = join(A), join(B), join(C)
         for _ in range(2):
             send(a, a_frame(BROADCAST))
         received(c)
         b.close()
         b = join(B)
-        os.utime(links / "lab", ns=(a._others._changed,) * 2)
         with monkeypatch.context() as patch:
             self._be_short_of_files(patch)
             send(a, a_frame(B))
@@ -490,7 +468,7 @@ class TestComingAndGoing:
         assert names(links / "lab") == {"52:54:00:00:00:00", "52:54:00:00:00:02"}
         send(a, a_frame(BROADCAST))
         assert received(c) == [a_frame(BROADCAST)]
-        assert set(a._others._known) == {C}
+        assert set(a._peers._known) == {C}
         send(a, a_frame(B))
         assert received(c) == [a_frame(B)]
 
@@ -511,9 +489,8 @@ class TestComingAndGoing:
         assert len(os.listdir("/proc/self/fd")) == before
 
     @pytest.mark.parametrize("destination", [B, BROADCAST])
-    def test_a_reboot(self, join: Joiner, monkeypatch: pytest.MonkeyPatch, destination: bytes) -> None:
+    def test_a_reboot(self, join: Joiner, destination: bytes) -> None:
         """The same name, another socket; the sender may have looked in between, and found the name as before."""
-        monkeypatch.setattr(link, "SETTLING", 0)
         a, b = join(A), join(B)
         for _ in range(5):
             send(a, a_frame(destination))
@@ -684,17 +661,17 @@ class TestFullQueues:
 
         monkeypatch.setattr("select.poll", Poll)
         monkeypatch.setattr("time.monotonic", lambda: now)
-        be_patient(a, B, link.PATIENCE)
+        be_patient(a, B, peers.PATIENCE)
         for _ in range(3000):
             send(a, a_frame(B))
             now += 0.001
             if is_stuck(a, B):
                 b.read([memoryview(buffer)])
-        assert slept <= link.PATIENCE + (now - begin) * link.EARNED + 0.0045
+        assert slept <= peers.PATIENCE + (now - begin) * peers.EARNED + 0.0045
 
     def test_a_slow_reader_gets_everything(self, join: Joiner, start: Starter, monkeypatch: pytest.MonkeyPatch) -> None:
         """In order, from two senders at a time, of all sizes."""
-        monkeypatch.setattr(link, "PATIENCE", HANGS)
+        monkeypatch.setattr(peers, "PATIENCE", HANGS)
         count = 300
         receiver = join(C)
 
@@ -724,7 +701,7 @@ class TestFullQueues:
         readers = iter([c, b])
         for mac in (B, C):
             be_patient(a, mac, HANGS)
-        monkeypatch.setattr(link, "PATIENCE", HANGS)
+        monkeypatch.setattr(peers, "PATIENCE", HANGS)
         real = select.poll
 
         class Poll:
@@ -764,15 +741,15 @@ class TestFullQueues:
 
         monkeypatch.setattr("select.poll", Poll)
         monkeypatch.setattr("time.monotonic", lambda: now)
-        be_patient(a, B, link.PATIENCE)
+        be_patient(a, B, peers.PATIENCE)
         send(a, a_frame(B, b"in time"))
         assert received(b) == [a_frame(B, b"in time")]
-        assert a._others._known[B].patience == pytest.approx(0.1 * link.PATIENCE)
+        assert a._peers._known[B].patience == pytest.approx(0.1 * peers.PATIENCE)
 
     def test_it_dies_while_it_is_waited_for(self, join: Joiner, monkeypatch: pytest.MonkeyPatch) -> None:
         a, b = join(A), join(B)
         fill(a, B)
-        monkeypatch.setattr(link, "PATIENCE", HANGS)
+        monkeypatch.setattr(peers, "PATIENCE", HANGS)
         be_patient(a, B, HANGS)
         real = select.poll
 
@@ -782,7 +759,7 @@ class TestFullQueues:
 
         monkeypatch.setattr("select.poll", poll)
         send(a, a_frame(B))
-        assert a._others._known == {}
+        assert a._peers._known == {}
 
 
 class TestThePlace:
@@ -885,12 +862,6 @@ class TestThePlace:
         assert names(links / "lab") == {"52:54:00:00:00:00"}
         join(B).close()
         assert names(links) == set()
-
-    def test_a_worker_cannot_undo_the_lock(self, join: Joiner, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The file descriptor it has can neither be locked nor listed."""
-        a = join(A)
-        with pytest.raises(OSError, match="Bad file descriptor"):
-            fcntl.flock(a.files[1], fcntl.LOCK_UN)
 
 
 class TestManyProcesses:
@@ -1027,7 +998,7 @@ class TestConfinement:
 
         def serve(wire: Link, keep: int, null: int, role: Callable[[], bytes]) -> int:
             channel = socket.socket(fileno=keep)
-            children.keep_only([*wire.files, keep], null)
+            children.keep_only([*wire.files, *wire.files_of_writer, keep], null)
             wire.attach(0, 12)
             channel.send(b"ready")
             channel.recv(10)
@@ -1039,9 +1010,10 @@ class TestConfinement:
             def body(channel: socket.socket) -> bytes:
                 null = os.open(os.devnull, os.O_RDWR)
                 confinement = jail.prepare("nobody", root if is_elsewhere else None)
-                with closing(Link("lab", mac, user)) as wire:
+                with closing(Link("lab", mac, user)) as wire, Loop() as loop:
                     assert os.geteuid() == 0
                     confinement.enter()
+                    wire.attend(loop)
 
                     def transmit() -> bytes:
                         send(wire, a_frame(BROADCAST, mac))
@@ -1062,6 +1034,9 @@ class TestConfinement:
                     channel.recv(10)
                     for worker in workers:
                         worker.send(b"go")
+                    for worker in workers:
+                        while not is_readable(worker.fileno()):
+                            loop.wait(0.01)
                     channel.send(b" ".join(worker.recv(100) for worker in workers))
                     channel.recv(10)
                     for worker in workers:
@@ -1098,10 +1073,9 @@ class AnyOrder(RuleBasedStateMachine):
         self._run = tempfile.mkdtemp()
         self._before = os.environ.get("XDG_RUNTIME_DIR")
         os.environ["XDG_RUNTIME_DIR"] = self._run
-        self._settling, link.SETTLING = link.SETTLING, 0
+        self._interval, peers.INTERVAL = peers.INTERVAL, 0
         self._takeover, link.TAKEOVER = link.TAKEOVER, 0
         self._directory = Path(self._run) / "lguest" / "link" / "lab"
-        self._ticks = itertools.count(1)
         self._alive: dict[bytes, Link] = {}
         self._number = 0
 
@@ -1114,14 +1088,9 @@ class AnyOrder(RuleBasedStateMachine):
             del os.environ["XDG_RUNTIME_DIR"]
         else:
             os.environ["XDG_RUNTIME_DIR"] = self._before
-        link.SETTLING, link.TAKEOVER = self._settling, self._takeover
+        peers.INTERVAL, link.TAKEOVER = self._interval, self._takeover
         os.chdir(self._home)
         shutil.rmtree(self._run)
-
-    def _changed(self) -> None:
-        """Each change has its own time, as after SETTLING."""
-        if self._directory.exists():
-            os.utime(self._directory, ns=(0, next(self._ticks)))
 
     @rule(mac=st.sampled_from(MACS))
     def join(self, mac: bytes) -> None:
@@ -1130,20 +1099,18 @@ class AnyOrder(RuleBasedStateMachine):
                 Link("lab", mac)
         else:
             self._alive[mac] = Link("lab", mac)
-        self._changed()
 
     @precondition(lambda self: self._alive)
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
         self._alive.pop(data.draw(st.sampled_from(sorted(self._alive)))).close()
-        self._changed()
 
     @precondition(lambda self: self._alive)
     @rule(data=st.data())
     def die(self, data: st.DataObject) -> None:
         """All its files are closed, and no more."""
         dead = self._alive.pop(data.draw(st.sampled_from(sorted(self._alive))))
-        dead._others.close()
+        dead._peers.close()
         dead._place.socket.close()
         os.close(dead._place.directory)
         os.close(dead._place._links)
