@@ -72,6 +72,10 @@ class Line:
         news.register(self._news, select.EPOLLIN | select.EPOLLET)
         return Attachment(self._readable_screen, news, self._typed)
 
+    def hand_on(self) -> None:
+        """What the screen shows is to be seen in the guest's next life, too. OSError."""
+        screen.hand_on(self._screen)
+
     def close(self) -> None:
         """Closes the supervisor's ends. May be called again."""
         self._opened.close()

@@ -31,7 +31,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lguest_mp import runtime
+from lguest_mp import legacy, runtime
 from lguest_mp.errors import LguestError
 
 if TYPE_CHECKING:
@@ -91,10 +91,7 @@ class Claim:
 
     def hand_on(self) -> None:
         """Leaves everything as it is for the program that this process executes next."""
-        held = (self._held.guests, self._held.directory, self._held.lock, self.listener.detach())
-        for fd in held:
-            os.set_inheritable(fd, True)
-        os.environ[_VARIABLE] = ",".join(map(str, held))
+        legacy.leave(_VARIABLE, self._held.guests, self._held.directory, self._held.lock, self.listener.detach())
 
     def release(self) -> None:
         """Gives the name back. What cannot be removed (by another user than we were) is left to the next."""
@@ -124,16 +121,11 @@ def claim(name: str) -> Claim:
 
 def _inherited() -> _Held | None:
     """What this process's program before the last exec left, if it did and all is still as it was."""
-    numbers = os.environ.pop(_VARIABLE, "")
     try:
-        held = _Held(*map(int, numbers.split(",")))
-        if not held.is_ours():
-            raise FileNotFoundError(errno.ENOENT, "the directory is gone")
-        for fd in vars(held).values():
-            os.set_inheritable(fd, False)
-    except (ValueError, TypeError, OSError):
+        held = _Held(*legacy.take(_VARIABLE))
+        return held if held.is_ours() else None
+    except (TypeError, OSError):
         return None
-    return held
 
 
 def _claim_anew(name: str) -> _Held:

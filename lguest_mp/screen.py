@@ -32,6 +32,7 @@ import os
 from dataclasses import dataclass
 from enum import IntEnum
 
+from lguest_mp import legacy
 from lguest_mp.errors import LguestError
 
 #: Bytes that are kept of each track: its ring. A power of two.
@@ -63,16 +64,36 @@ class Track(IntEnum):
     CONSOLE = 1
 
 
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+#: Names the screen that is handed on.
+_VARIABLE = "LGUEST_SCREEN"
+
+
 def create() -> int:
-    """A new screen: a file descriptor, closed on exec. OSError."""
+    """A screen: a file descriptor, closed on exec. It is the one that was handed on, or a new one. OSError."""
+    for fd in legacy.take(_VARIABLE):
+        if _is_screen(fd):
+            return fd
     fd = os.memfd_create("lguest-screen", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, SIZE)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def hand_on(fd: int) -> None:
+    """Leaves the screen to the program that this process executes next; ``fd`` itself stays its owner's. OSError."""
+    legacy.leave(_VARIABLE, os.dup(fd))
+
+
+def _is_screen(fd: int) -> bool:
+    try:
+        return os.fstat(fd).st_size == SIZE and fcntl.fcntl(fd, fcntl.F_GET_SEALS) == _SEALS
+    except OSError:
+        return False
 
 
 class ScreenWriter:

@@ -29,6 +29,7 @@ from lguest_mp.terminal import Terminal
 
 if TYPE_CHECKING:
     from lguest_mp.ctl.client import Connection, Place
+    from lguest_mp.screen import ScreenReader
 
 #: Ctrl-], as of telnet and virsh.
 ESCAPE = b"\x1d"
@@ -96,15 +97,16 @@ class _Viewer:
         self._greeted = False
         self._detached = False
         self._ending: int | None = None
+        #: What reads the screen that was seen last, and which file that is.
+        self._reader: ScreenReader | None = None
+        self._screen: tuple[int, int] | None = None
 
     def view(self, connection: Connection) -> int | None:
         """Shows and types until the escape key (None), or a signal that is to end us. GuestGone."""
-        from lguest_mp.screen import ScreenReader  # noqa: PLC0415 -- nobody else needs it
-
         with ExitStack() as opened:
             screen, news, keys = self._attach(connection, opened)
             events = opened.enter_context(select.epoll.fromfd(os.dup(news)))
-            reader = ScreenReader(screen)
+            reader = self._reader_of(screen)
             try:
                 while not self._detached and self._ending is None:
                     _show(reader.read_new())
@@ -113,6 +115,16 @@ class _Viewer:
                 _show(reader.read_new())
             self._type_what_can_be(keys)
         return self._ending
+
+    def _reader_of(self, screen: int) -> ScreenReader:
+        """It goes on where it was when the guest has rebooted, and its screen is what it was."""
+        from lguest_mp.screen import ScreenReader  # noqa: PLC0415 -- nobody else needs it
+
+        found = os.fstat(screen)
+        if self._reader is None or self._screen != (found.st_dev, found.st_ino):
+            self._reader = ScreenReader(screen)
+            self._screen = (found.st_dev, found.st_ino)
+        return self._reader
 
     def _attach(self, connection: Connection, opened: ExitStack) -> list[int]:
         columns, rows = terminal.size() or (0, 0)

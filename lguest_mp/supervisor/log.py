@@ -12,15 +12,19 @@ reaches a terminal: it may hold what a guest made up, or a worker that is no lon
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
+from dataclasses import astuple, dataclass, field
 from enum import IntEnum
 from itertools import islice
 from typing import Protocol
 
+from lguest_mp import legacy
 from lguest_mp.supervisor.stderr import StandardError
 
 #: So many lines are kept, of so many characters together.
@@ -32,6 +36,9 @@ LONGEST_LINE = 1000
 #: second.
 BURST = 200
 RATE = 2
+#: Names the log that is handed on.
+_VARIABLE = "LGUEST_LOG"
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 #: What each kept line takes beside its text, roughly and in characters: an empty line is not free.
 _OVERHEAD = 50
 
@@ -182,6 +189,28 @@ class Log:
         loudest.characters -= size
         self._entries -= 1
         self._characters -= size
+
+    # ---- Across a reboot ----
+
+    def hand_on(self) -> None:
+        """Leaves what is kept to the program that this process executes next; if the host cannot, that begins anew."""
+        with suppress(OSError):
+            fd = os.memfd_create("lguest-log", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            with open(fd, "w", closefd=False) as file:
+                json.dump([astuple(entry) for entry in self.entries()], file)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            legacy.leave(_VARIABLE, fd)
+
+    def take_over(self) -> None:
+        """Keeps what the last program has said, too."""
+        for fd in legacy.take(_VARIABLE):
+            with suppress(OSError, ValueError, TypeError):
+                if fcntl.fcntl(fd, fcntl.F_GET_SEALS) != _SEALS:
+                    continue  # somebody else's file
+                with open(fd) as file:
+                    file.seek(0)
+                    for seconds, level, source, text in json.load(file):
+                        self._keep(Entry(float(seconds), int(level), str(source), str(text)))
 
     # ---- Asking what was said ----
 

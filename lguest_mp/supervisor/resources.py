@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import gc
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,6 +74,13 @@ class Resources:
     def reset(self) -> None:
         """Makes it all fit for the next guest in place."""
         self.memory.clear()
+
+    def hand_on(self) -> None:
+        """Leaves to the launcher that is executed next what it is to have of this one."""
+        for device in self.devices:
+            with suppress(OSError):  # out of files: it begins anew
+                device.hand_on()
+        self.log.hand_on()
 
     def close(self) -> None:
         """Closes what is open."""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 def run(config: GuestConfig, parts: Parts, grace: float = GRACE) -> Ending:
     """Runs the guest to its end. Rebooting means: by exec, now that everything is closed and put back."""
     with closing(Log(StandardError(), verbose=config.verbose)) as log, ExitStack() as held:
+        log.take_over()
         claim = _claim(config.name, log)
         if claim is not None:
             held.callback(claim.release)
@@ -66,7 +67,9 @@ def _live(config: GuestConfig, parts: Parts, log: Log, grace: float, claim: Clai
             guest = Guest(resources, naming, signals, screen, service, restarted, grace, reboots=reboots, claim=claim)
             ending = guest.run()
             if not isinstance(ending, Rebooting) or not resources.reboots_in_place:
-                reboot.keep(restarted)
+                if isinstance(ending, Rebooting):
+                    reboot.keep(restarted)
+                    resources.hand_on()
                 return ending
             resources.reset()
             reboots += 1

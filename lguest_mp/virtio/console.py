@@ -94,6 +94,11 @@ class Console(Device):
         """Those of the line: the serial port is the same terminal."""
         return () if self.line is None else self.line.files
 
+    def hand_on(self) -> None:
+        """The line does."""
+        if self.line is not None:
+            self.line.hand_on()
+
     def close(self) -> None:
         """Closes the line."""
         if self.line is not None:

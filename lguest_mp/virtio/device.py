@@ -160,5 +160,8 @@ class Device(ABC):
     def helper_ended(self) -> None:  # noqa: B027 -- most devices have none
         """The supervisor has reaped the helper."""
 
+    def hand_on(self) -> None:  # noqa: B027 -- most devices begin anew
+        """Leaves what outlives a reboot to the program that is executed next, before ``close``. OSError."""
+
     def close(self) -> None:  # noqa: B027 -- most devices hold nothing
         """Closes what the device holds of the host's, and ends its helper."""

@@ -148,6 +148,22 @@ class TestLeaving:
         session.type(DETACH)
         assert finish(session) == 0
 
+    def test_after_a_reboot_it_goes_on_where_it_was(
+        self, guest: FakeGuest, screen: ScreenWriter, attach: Callable[..., Session]
+    ) -> None:
+        session = attach()
+        screen.append(b"the first life\r\n")
+        session.wait_for("the first life", PATIENCE)
+        with Session([*COMMAND[:3], "reboot", "demo"]) as reboot:
+            reboot.wait(PATIENCE)
+        wait_until(lambda: guest.calls[-1].startswith("resize 91"))
+        screen.append(b"the second life\r\n")
+        session.wait_for("the second life", PATIENCE)
+        assert session.output.count("the first life") == 1
+        with Session(COMMAND) as newcomer:
+            newcomer.wait_for("the first life", PATIENCE)
+            newcomer.wait_for("the second life", PATIENCE)
+
     def test_the_last_that_was_shown_is_seen(
         self, guest: FakeGuest, screen: ScreenWriter, attach: Callable[..., Session]
     ) -> None:

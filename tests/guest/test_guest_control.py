@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from guestkit.attached import Attached
 from guestkit.guest import Guest, Launch
 
 
@@ -56,8 +57,11 @@ def test_a_day_in_the_life_of_a_guest(launch: Launch, runtime: dict[str, str], d
     ctl(runtime, "restart", "day", "rng0")
     read_disk(guest)
 
+    guest.run("echo the-first-life > /dev/hvc0")
     ctl(runtime, "reboot", "day")
     guest.boot()
+    with Attached(guest.pid) as person:
+        person.wait_for(rb"^the-first-life.*\n(.*\n)+")
     (described,) = json.loads(ctl(runtime, "stats"))["guests"]
     assert (described["pid"], described["reboots"]) == (guest.pid, 1)
     assert processes(runtime)["block0/requestq"]["restarts"] == 1

@@ -79,13 +79,16 @@ def test_stop_ends_the_guest_as_sigterm_does(launch: Launch) -> None:
     assert refusal(launcher, "ps") == "no guest runs"
 
 
-def test_a_reboot_keeps_the_name_and_the_counters(launch: Launch) -> None:
-    launcher = launch("hang")
+def test_a_reboot_keeps_the_name_the_counters_and_the_log(launch: Launch) -> None:
+    launcher = launch("hang", "--verbose")
     before = launcher.wait_until_up()
     do(launcher, "restart", "test", "block0")
     do(launcher, "reboot", "test")
     after = launcher.wait_until_up()
     assert not set(before.values()) & set(after.values())
+    said = do(launcher, "log", "test")
+    assert said.count("guest test: 16 MiB of memory") == 2
+    assert said.index(f"block0/requestq is process {before['block0/requestq']}") < said.index("reboot 1")
     assert processes(launcher)["block0/requestq"]["restarts"] == 1
     (guest,) = json.loads(do(launcher, "stats"))["guests"]
     assert (guest["pid"], guest["reboots"]) == (launcher.pid, 1)
