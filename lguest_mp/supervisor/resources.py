@@ -72,7 +72,9 @@ class Resources:
             raise LguestError(f"cannot enter --chroot or --username: {error.strerror}") from error
 
     def reset(self) -> None:
-        """Makes it all fit for the next guest in place."""
+        """Makes it all fit for the next guest in place, and lets go of the last one."""
+        gc.unfreeze()
+        gc.collect()
         self.memory.clear()
 
     def hand_on(self) -> None:

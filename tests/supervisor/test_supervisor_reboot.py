@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import signal
 from pathlib import Path
 
 import pytest
 from launching import PATIENCE, Launch
+
+from guestkit.growth import unique_size
 
 REBOOTS = 20
 
@@ -40,6 +43,20 @@ def test_a_confined_launcher_reboots_in_place(launch: Launch, jail: Path) -> Non
     launcher.type("q")
     assert launcher.finish() == 0, launcher.output
     assert "reboot 4" in launcher.lines
+
+
+def test_nothing_of_a_life_is_kept_when_it_is_over(launch: Launch) -> None:
+    """In place there is no exec to clean up. A life that were kept would be 4 KiB at the least."""
+    launcher = launch("reboots_in_place", f"--username={getpass.getuser()}")
+    held = []
+    for _ in range(100):
+        launcher.wait_for(f"^life of {launcher.pid} served by True", PATIENCE)
+        held.append(unique_size(launcher.pid))
+        launcher.type("r")
+    launcher.wait_for(f"^life of {launcher.pid} served by True", PATIENCE)
+    launcher.type("q")
+    assert launcher.finish() == 0, launcher.output
+    assert min(held[75:]) - min(held[:25]) < 75 * 2048
 
 
 def test_what_cannot_be_executed_again_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

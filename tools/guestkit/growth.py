@@ -35,13 +35,13 @@ def require_no_growth(held: Sequence[Holdings]) -> None:
     """Grown unless one after the other, from the first on, it is no more.
 
     Memory goes up and down, with what is still shared with processes that were just forked. So what counts is the least
-    of it, of the second half and of the first.
+    of it, of the last third and of the first.
     """
     first = held[0]
     for each in held:
         replace(each, memory=0).require_no_more_than(first)
-    half = (len(held) + 1) // 2
-    least, least_later = (min(part, key=lambda each: each.memory) for part in (held[:half], held[half:] or held))
+    third = -(-len(held) // 3)
+    least, least_later = (min(part, key=lambda each: each.memory) for part in (held[:third], held[-third:]))
     least_later.require_no_more_than(least)
 
 
