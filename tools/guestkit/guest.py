@@ -13,6 +13,10 @@ from typing import Any, Protocol
 from guestkit.session import PATIENCE, Session, SessionError
 
 
+#: How much of what a guest has shown is told, in characters.
+_EXCERPT = 2000
+
+
 class CommandFailed(AssertionError):
     """A command in the guest ended with another status than 0."""
 
@@ -50,8 +54,14 @@ class Agent:
         found = self._session.wait_for(_end_of(number), seconds)
         output = found.before.removesuffix("\n")
         if found.groups != ("0",):
-            raise CommandFailed(f"{command!r} ended with {found.groups[0]}: {output}")
+            raise CommandFailed(f"{command!r} ended with {found.groups[0]}: {excerpt(output)}")
         return output
+
+
+def excerpt(output: str) -> str:
+    """The end of what a guest has shown, for a person: misused devices show anything, and much of it."""
+    end = output[-_EXCERPT:]
+    return "".join(each if each.isprintable() or each == "\n" else "?" for each in end)
 
 
 def _end_of(number: int) -> str:

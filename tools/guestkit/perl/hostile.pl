@@ -317,6 +317,7 @@ sub header {
     my $size = pick(1, 2, 4);
     $size = 2 if $offset == 4;
     $size = 4 if $offset == 0x10;
+    return if $offset + $size > 256; # the kernel writes the part that there is
     my $value = $offset == 0x10 ? pick(0xffffffff, 0xc8000000 + number(24), 0xe0000000 + number(28)) : number(32);
     write_config($offset, substr(pack("V", $value), 0, $size));
     read_config(number(6) * 4, 4);

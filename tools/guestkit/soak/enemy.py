@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import cycle
 
 from guestkit.disk import MIB, make_sparse
-from guestkit.guest import Guest
+from guestkit.guest import Guest, excerpt
 from guestkit.scripts import command
 from guestkit.soak.plan import Plan, Report, Room
 
@@ -106,7 +106,7 @@ def _let_loose(guest: Guest, prey: _Prey, others: list[_Prey], seed: int, second
     assert after == before, f"processes came or went while {prey.name} was misused with seed {seed}: {before}, {after}"
     # Whatever a misused console has shown may stand before it.
     match = _DONE.search(answer)
-    assert match, f"the program said: {answer}"
+    assert match, f"the program said: {excerpt(answer)}"
     acts, handshakes, notifications, used, rounds = map(int, match.groups())
     assert min(acts, used, rounds) > 0, f"neither it nor the guest got far: {match[0]}"
     return {
