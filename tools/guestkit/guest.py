@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 from guestkit.session import PATIENCE, Session, SessionError
 
-
 #: How much of what a guest has shown is told, in characters.
 _EXCERPT = 2000
 
