@@ -1,10 +1,17 @@
-"""A row of the benchmark: whether its goal is reached, be it a most or a least."""
+"""The benchmark: whether a row's goal is reached, in which order guests take their turns, and the load on a disk."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from guestkit.measures import Row
+from guestkit.compiler import compile_static
+from guestkit.measures.bench import Row, interleaved
 
 
 @pytest.mark.parametrize(
@@ -21,3 +28,52 @@ from guestkit.measures import Row
 )
 def test_the_median_of_the_rounds_counts(row: Row, met: bool | None) -> None:
     assert row.is_met is met
+
+
+def test_guests_take_turns_in_which_none_is_always_the_first() -> None:
+    order: list[Any] = []
+
+    def measure(guest: Any) -> float:
+        order.append(guest)
+        return float(len(order))
+
+    guests: list[Any] = ["ours", "theirs"]
+    assert interleaved(guests, 3, measure) == [(1.0, 4.0, 5.0), (2.0, 3.0, 6.0)]
+    assert order == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
+
+
+@pytest.fixture(scope="module")
+def disk_load(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program that the benchmark's guests run."""
+    if shutil.which("cc") is None:
+        pytest.skip("there is no C compiler")
+    program = tmp_path_factory.mktemp("programs") / "disk-load"
+    compile_static("disk-load", program)
+    return program
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """64 KiB that can be read past the page cache."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(range(256)) * 256)
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_DIRECT))
+    except OSError:
+        pytest.skip("this file system knows no direct reads")
+    return path
+
+
+@pytest.mark.parametrize("order", ["random", "sequential"])
+@pytest.mark.parametrize("verb", ["read", "write"])
+def test_the_load_on_a_disk_leaves_what_is_on_it(disk_load: Path, disk: Path, verb: str, order: str) -> None:
+    before = disk.read_bytes()
+    subprocess.run([disk_load, disk, verb, order, "4096", "8", "100"], check=True)
+    assert disk.read_bytes() == before
+
+
+def test_the_load_on_a_disk_fails_where_a_request_does(disk_load: Path, disk: Path) -> None:
+    disk.write_bytes(bytes(5000))  # of which the second block is no whole one
+    failed = subprocess.run([disk_load, disk, "read", "sequential", "8192", "1", "1"], check=False, capture_output=True)
+    assert failed.returncode == 1
+    assert b"the disk's size" in failed.stderr
