@@ -1,12 +1,15 @@
-"""What all tests share: how hypothesis runs on machines of any speed, and what children think of signals."""
+"""What all tests share: how hypothesis runs on machines of any speed, what children think of signals, and a cache."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from types import FrameType
 
 import pytest
 from hypothesis import settings
+
+from guestkit.cache import cache_directory
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("lguest", deadline=None)
@@ -27,3 +30,12 @@ def _no_ignored_signals() -> None:
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, ignore)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Has launchers keep their kernels where the tests are, and not with the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LGUEST_CACHE", str(cache_directory()))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

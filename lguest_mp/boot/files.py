@@ -68,9 +68,10 @@ class HostFile:
             buffer = buffer[count:]
             offset += count
 
-    def chunks(self, end: int) -> Iterator[bytes]:
-        """The first ``end`` bytes in pieces."""
-        for offset in range(0, end, CHUNK_SIZE):
+    def chunks(self, length: int, start: int = 0) -> Iterator[bytes]:
+        """``length`` bytes from ``start`` on, in pieces."""
+        end = start + length
+        for offset in range(start, end, CHUNK_SIZE):
             yield self.read(offset, min(CHUNK_SIZE, end - offset))
 
     def _unreadable(self, offset: int, error: OSError) -> LguestError:

@@ -1,8 +1,9 @@
 """What kind of kernel a file holds, and what of it goes where.
 
 Every kind comes down to the same: segments (pieces of a stream of bytes that have an address), an entry point, and a
-setup header. The stream is the file (vmlinux), the unpacked payload (bzImage), or the image's own code (a bzImage whose
-payload nobody here can unpack). All checks are made when it is read; loading only copies.
+setup header. The stream is the file (vmlinux), the unpacked payload (bzImage; kept in a cache, ``cache.py``), or the
+image's own code (a bzImage whose payload nobody here can unpack). All checks are made when it is read; loading only
+copies.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from lguest_mp.boot.bzimage import ENTRY_64, MAX_IMAGE_SIZE, BzImage, is_bzimage, parse_bzimage
+from lguest_mp.boot.cache import KernelCache, Unpacked, digest_of
 from lguest_mp.boot.elf import HEADERS_SIZE, ElfImage, Segment, is_elf, parse_elf
 from lguest_mp.boot.files import HostFile
 from lguest_mp.boot.payload import Payload, find_compression
+from lguest_mp.boot.pieces import pieces
 from lguest_mp.boot.zeropage import ZeroPage
 from lguest_mp.errors import LguestError
 from lguest_mp.memory import LOW_RAM_LIMIT, GuestMemory
@@ -22,8 +25,6 @@ from lguest_mp.memory import LOW_RAM_LIMIT, GuestMemory
 MIB = 1 << 20
 #: Below 1 MiB are the tables that the loader makes.
 KERNEL_FIRST = 1 * MIB
-#: Runs of zeros are not written, in steps of this many bytes: the guest's memory is zeros already.
-ZEROS = bytes(64 << 10)
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Kernel:
     """A kernel, read and checked: guest-physical addresses, sizes in bytes.
 
     Below ``end`` (and above 1 MiB) memory is the kernel's until it manages it itself. ``unpacks_itself``: what runs
-    first is the image's own decompressor.
+    first is the image's own decompressor. ``kept``: what of ``source`` goes to memory, from the cache.
     """
 
     name: str
@@ -41,40 +42,20 @@ class Kernel:
     end: int
     unpacks_itself: bool
     source: Callable[[], Iterable[bytes]]
+    kept: Unpacked | None = None
 
     def load(self, memory: GuestMemory) -> None:
-        """Copies the segments into memory that is zeros."""
-        start = 0
-        for chunk in self.source():
-            self._place(memory, chunk, start)
-            start += len(chunk)
-            del chunk  # the next one takes its memory
-
-    def _place(self, memory: GuestMemory, chunk: bytes, start: int) -> None:
-        """Copies what of a chunk belongs to a segment, without its longer runs of zeros; it begins at ``start``."""
-        view = memoryview(chunk)
-        for segment in self.segments:
-            first = max(segment.offset - start, 0)
-            last = min(segment.offset + segment.size - start, len(chunk))
-            for at, until in _runs(chunk, first, last):
-                memory.write(segment.address + start + at - segment.offset, view[at:until])
+        """Copies the segments into memory that is zeros. LguestError: the file became unreadable, or another one."""
+        if self.kept is not None:
+            if self.kept.load(memory):
+                return
+            memory.clear()
+        for address, piece in pieces(self.segments, self.source()):
+            memory.write(address, piece)
+            del piece  # the next one takes its memory
 
 
-def _runs(chunk: bytes, first: int, last: int) -> Iterator[tuple[int, int]]:
-    """The parts of ``chunk[first:last]`` that are not zeros."""
-    begin = at = first
-    while at < last:
-        step = min(len(ZEROS), last - at)
-        if chunk.startswith(ZEROS if step == len(ZEROS) else ZEROS[:step], at):
-            if begin < at:
-                yield begin, at
-            begin = at + step
-        at += step
-    if begin < at:
-        yield begin, at
-
-
-def read_kernel(file: HostFile, low_memory: int) -> Kernel:
+def read_kernel(file: HostFile, low_memory: int, cache: KernelCache) -> Kernel:
     """Finds out what ``file`` is and checks it for a guest whose RAM begins with ``low_memory`` bytes at 0."""
     head = file.read(0, min(HEADERS_SIZE, file.size))
     if is_elf(head):
@@ -83,17 +64,22 @@ def read_kernel(file: HostFile, low_memory: int) -> Kernel:
         end = max((segment.offset + segment.size for segment in image.segments if segment.size), default=0)
         return _direct(file.name, ZeroPage.of_vmlinux(), image, lambda: file.chunks(end), low_memory)
     if is_bzimage(head):
-        return _read_bzimage(file, parse_bzimage(file, head), low_memory)
+        return _read_bzimage(file, parse_bzimage(file, head), low_memory, cache)
     raise LguestError(f"{file.name} is no kernel: neither an ELF vmlinux nor a bzImage")
 
 
-def _direct(
-    name: str, header: ZeroPage, image: ElfImage, source: Callable[[], Iterable[bytes]], low_memory: int
+def _direct(  # noqa: PLR0917 -- what a kernel is made of
+    name: str,
+    header: ZeroPage,
+    image: ElfImage,
+    source: Callable[[], Iterable[bytes]],
+    low_memory: int,
+    kept: Unpacked | None = None,
 ) -> Kernel:
     first = min(segment.address for segment in image.segments)
     end = max(segment.end for segment in image.segments)
     _check_place(name, first, end, low_memory)
-    return Kernel(name, header, image.entry, image.segments, end, unpacks_itself=False, source=source)
+    return Kernel(name, header, image.entry, image.segments, end, unpacks_itself=False, source=source, kept=kept)
 
 
 def _check_place(name: str, first: int, end: int, low_memory: int) -> None:
@@ -108,18 +94,38 @@ def _check_place(name: str, first: int, end: int, low_memory: int) -> None:
         )
 
 
-def _read_bzimage(file: HostFile, image: BzImage, low_memory: int) -> Kernel:
+def _read_bzimage(file: HostFile, image: BzImage, low_memory: int, cache: KernelCache) -> Kernel:
+    if cache.is_there:
+        digest = digest_of(file.chunks(image.payload_size, image.payload_offset))
+        kept = cache.find(digest)
+        if kept is not None:
+            return _kept(file, image, kept, digest, low_memory)
     packed = file.read(image.payload_offset, image.payload_size)
     compression = find_compression(memoryview(packed))
     if compression:
-        kernel = _unpack(file.name, image, Payload(file.name, memoryview(packed), compression), low_memory)
+        kernel = _unpack(file, image, Payload(file.name, memoryview(packed), compression), low_memory, cache)
         if kernel:
             return kernel
     return _own_entry(file, image, low_memory)
 
 
-def _unpack(name: str, image: BzImage, payload: Payload, low_memory: int) -> Kernel | None:
+def _kept(file: HostFile, image: BzImage, kept: Unpacked, digest: bytes, low_memory: int) -> Kernel:
+    """The kernel inside, which was found good before it was kept."""
+
+    def source() -> Iterator[bytes]:
+        """Should what was kept turn out to be damaged, it is unpacked after all."""
+        packed = file.read(image.payload_offset, image.payload_size)
+        compression = find_compression(memoryview(packed))
+        if compression is None or digest_of([packed]) != digest:
+            raise LguestError(f"{file.name} became another one while it was read; start again")
+        return Payload(file.name, memoryview(packed), compression).chunks()
+
+    return _direct(file.name, image.header, kept.image, source, low_memory, kept)
+
+
+def _unpack(file: HostFile, image: BzImage, payload: Payload, low_memory: int, cache: KernelCache) -> Kernel | None:
     """The kernel inside, unpacked once from beginning to end to know that it can be; None: it is not ELF."""
+    name = file.name
     if not 0 < payload.size <= MAX_IMAGE_SIZE:
         raise LguestError(f"{name} is damaged: no kernel unpacks to {payload.size} bytes (at most {MAX_IMAGE_SIZE})")
     if payload.size > low_memory:
@@ -128,18 +134,30 @@ def _unpack(name: str, image: BzImage, payload: Payload, low_memory: int) -> Ker
             f" give it at least {-(-payload.size // MIB)} MiB"
         )
     chunks = payload.chunks()
-    kept = [next(chunks)]
-    head = kept[0][:HEADERS_SIZE]
+    read_already = [next(chunks)]
+    head = read_already[0][:HEADERS_SIZE]
     if not is_elf(head):
         return None
     elf = parse_elf(f"{name} (unpacked)", head, payload.size)
     kernel = _direct(name, image.header, elf, payload.chunks, low_memory)
+    stream = _all(read_already, chunks)
+    if cache.is_there:
+        digest = digest_of([payload.data])  # of what is unpacked, whatever the file has become since
+        kept = cache.keep(digest, elf, stream)
+        if kept is not None:
+            return _kept(file, image, kept, digest, low_memory)
+        stream = payload.chunks()
     if payload.compression.cheap:
-        kept.clear()
-        deque(chunks, maxlen=0)  # takes them all and keeps none
+        deque(stream, maxlen=0)  # takes them all and keeps none
         return kernel
-    kept.extend(chunks)
-    return replace(kernel, source=lambda: kept)
+    held = list(stream)
+    return replace(kernel, source=lambda: held)
+
+
+def _all(first: list[bytes], others: Iterator[bytes]) -> Iterator[bytes]:
+    """All chunks, and a reference to none of them: the one that is let go of gives its memory to the next."""
+    yield first.pop()
+    yield from others
 
 
 def _own_entry(file: HostFile, image: BzImage, low_memory: int) -> Kernel:

@@ -24,13 +24,12 @@ Source: the original launcher; the kernel's Documentation/x86/boot.txt.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lguest_mp.boot import zeropage
 from lguest_mp.boot.bzimage import DEFAULT_SETUP_SECTS, SECTOR, is_bzimage
-from lguest_mp.boot.elf import I386, Segment, is_elf, is_elf_of, parse_elf
+from lguest_mp.boot.elf import I386, Segment, is_elf, parse_elf
 from lguest_mp.boot.files import HostFile
 from lguest_mp.boot.kernel import MIB, Kernel
+from lguest_mp.boot.kind import has_64_bit_entry
 from lguest_mp.boot.zeropage import E820Entry, E820Type, ZeroPage
 from lguest_mp.bus.lguest_page import DEVICE_PAGES
 from lguest_mp.config import GuestConfig
@@ -61,19 +60,6 @@ KERNEL_ALIGNMENT = 0x100_0000
 
 #: The headers of an ELF file, as many as there may be.
 _HEAD_SIZE = 128 << 10
-
-
-def is_for_lguest(path: Path) -> bool:
-    """Whether the kernel in this file is a 32-bit one: an i386 ELF, or a bzImage without a 64-bit entry point.
-
-    False for what cannot be read or is no kernel; whoever reads it next will tell why.
-    """
-    try:
-        file = HostFile("kernel", path)
-        head = file.read(0, min(_HEAD_SIZE, file.size))
-    except LguestError:
-        return False
-    return is_elf_of(I386, head) or (is_bzimage(head) and not _has_64_bit_entry(ZeroPage.of_image(head)))
 
 
 def prepare(config: GuestConfig) -> Prepared:
@@ -131,7 +117,7 @@ def _vmlinux(file: HostFile, head: bytes) -> Kernel:
 
 
 def _bzimage(file: HostFile, header: ZeroPage) -> Kernel:
-    if _has_64_bit_entry(header):
+    if has_64_bit_entry(header):
         raise LguestError(f"{file.name} is a 64-bit kernel; give {I386.wanted}, or leave --machine=lguest out")
     offset = ((header[zeropage.SETUP_SECTS] or DEFAULT_SETUP_SECTS) + 1) * SECTOR
     size = file.size - offset
@@ -157,10 +143,6 @@ def _bzimage(file: HostFile, header: ZeroPage) -> Kernel:
         unpacks_itself=True,
         source=lambda: file.chunks(file.size),
     )
-
-
-def _has_64_bit_entry(header: ZeroPage) -> bool:
-    return bool(header[zeropage.XLOADFLAGS] & zeropage.XLF_KERNEL_64)
 
 
 def _command_line(arguments: tuple[str, ...], kernel: Kernel) -> bytes:

@@ -34,6 +34,7 @@ from itertools import takewhile
 
 from lguest_mp.boot import zeropage
 from lguest_mp.boot.acpi import acpi_tables
+from lguest_mp.boot.cache import KernelCache
 from lguest_mp.boot.files import HostFile
 from lguest_mp.boot.kernel import KERNEL_FIRST, MIB, Kernel, read_kernel
 from lguest_mp.boot.zeropage import E820Entry, E820Type, ZeroPage
@@ -79,7 +80,8 @@ def prepare(config: GuestConfig) -> Prepared:
     low_memory = min(config.memory, LOW_RAM_LIMIT)
     kernel_file = HostFile("kernel", config.kernel)
     initrd = None if config.initrd is None else HostFile("initrd", config.initrd)
-    kernel = read_kernel(kernel_file, low_memory)
+    cache = KernelCache.of_user() if config.kernel_cache else KernelCache(None)
+    kernel = read_kernel(kernel_file, low_memory, cache)
     return Prepared(config.memory, kernel, _command_line(config.arguments, kernel), initrd, config.cpus)
 
 

@@ -183,14 +183,14 @@ class Payload:
 
     def __init__(self, name: str, data: memoryview, compression: Compression) -> None:
         self._name = name
-        self._data = data
+        self.data = data
         self.compression = compression
         #: What unpacking gives, in bytes, as the trailer says.
         self.size = int.from_bytes(data[-SIZE_BYTES:], "little")
 
     def chunks(self) -> Iterator[bytes]:
         """Unpacks: exactly ``size`` bytes in all, or DamagedPayloadError."""
-        packed = self._data[: len(self._data) - self.compression.trailer]
+        packed = self.data[: len(self.data) - self.compression.trailer]
         try:
             yield from self.compression.unpack(packed, self.size)
         except DamagedPayloadError as error:

@@ -135,7 +135,7 @@ def of(config: GuestConfig, probe: Probe | None = None) -> Parts:
 
 
 def _machine(config: GuestConfig) -> str:
-    from lguest_mp.boot.lguest_kernel import is_for_lguest  # noqa: PLC0415
+    from lguest_mp.boot.kind import is_for_lguest  # noqa: PLC0415
 
     return config.machine or ("lguest" if is_for_lguest(config.kernel) else "pc")
 

@@ -11,9 +11,11 @@ from boot_images import CODE, MEMORY, MIB, PACKERS, TEXT, bzimage, elf64, is_zer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lguest_mp.boot.cache import KernelCache
 from lguest_mp.boot.elf import Segment
 from lguest_mp.boot.files import HostFile
-from lguest_mp.boot.kernel import ZEROS, Kernel, read_kernel
+from lguest_mp.boot.kernel import Kernel, read_kernel
+from lguest_mp.boot.pieces import ZEROS
 from lguest_mp.boot.zeropage import ZeroPage
 from lguest_mp.errors import LguestError
 from lguest_mp.memory import GuestMemory
@@ -25,7 +27,7 @@ VMLINUX = elf64([(TEXT, CODE, len(CODE) + 4096), (TEXT + MIB, DATA, len(DATA))],
 def read(directory: Path, image: bytes, memory: int = MEMORY) -> Kernel:
     path = directory / "image"
     path.write_bytes(image)
-    return read_kernel(HostFile("kernel", path), memory)
+    return read_kernel(HostFile("kernel", path), memory, KernelCache(None))
 
 
 def refusal(directory: Path, image: bytes, memory: int = MEMORY) -> str:

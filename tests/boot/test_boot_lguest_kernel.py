@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lguest_mp.boot import zeropage
-from lguest_mp.boot.lguest_kernel import MAX_MEMORY, is_for_lguest, prepare
+from lguest_mp.boot.kind import is_for_lguest
+from lguest_mp.boot.lguest_kernel import MAX_MEMORY, prepare
 from lguest_mp.cpu.engine import EntryState
 from lguest_mp.errors import LguestError
 from lguest_mp.memory import GuestMemory
