@@ -62,6 +62,16 @@
         .set ERROR_WRITE, 2
         .set ERROR_USER, 4
 
+        /* struct TCGContext */
+        .set CTX_ENV, 0x98f0            /* cpu_env - tcg_ctx */
+        .set CTX_UC, 0x9970
+        /* From env to cs->icount_decr, whose sign says that somebody wants the CPU's attention. */
+        .set ENV_ICOUNT_DECR, -0x10
+        .set INDEX_OP_SET_LABEL, 1
+        .set INDEX_OP_LD_I32, 13
+        .set TCG_TYPE_I32, 0
+        .set TCG_COND_GE, 3
+        .set LABEL_PRESENT, 1           /* in a label's first byte */
         .set INDEX_OP_MB, 4
         .set MO_ALL_BAR_SC, 0x3f        /* TCG_MO_ALL | TCG_BAR_SC */
         .set MMU_DATA_STORE, 1
@@ -134,6 +144,15 @@
         slot raise_error, 58            /* raise_exception_err_ra(env, vector, error, host_pc) */
         slot load_data, 59              /* cpu_ldl_data_ra(env, vaddr, host_pc) */
         slot original_iret, 60          /* helper_iret_protected(env, shift, next_eip) */
+        slot original_call, 61          /* tcg_gen_callN(tcg_ctx, function, result, count, arguments) */
+        slot check_exit, 62             /* helper_check_exit_request(uc, 0) */
+        slot new_label, 63              /* gen_new_label(tcg_ctx) */
+        slot new_temp, 64               /* tcg_temp_new_internal(tcg_ctx, type, is_local) */
+        slot free_temp, 65              /* tcg_temp_free_internal(tcg_ctx, temp) */
+        slot gen_op3, 66                /* tcg_gen_op3(tcg_ctx, opcode, argument, argument, argument) */
+        slot gen_branch, 67             /* tcg_gen_brcondi_i32(tcg_ctx, condition, temp - tcg_ctx, number, label) */
+        slot const_i64, 68              /* tcg_const_i64(tcg_ctx, number): temp - tcg_ctx */
+        slot const_i32, 69              /* tcg_const_i32(tcg_ctx, number): temp - tcg_ctx */
 
 start:
 
@@ -549,6 +568,76 @@ mb:
         fenced  and_fetch
         fenced  or_fetch
         fenced  xor_fetch
+
+/* void gen_call(tcg_ctx, function, result, count, arguments), in place of tcg_gen_callN, by which calls of helpers are
+   translated. Each block begins with one, helper_check_exit_request, that nearly always finds nothing: up to a tenth of
+   a guest's time. What it looks at is looked at in translated code first, and it is called only if there is something.
+   Its arguments are made anew, since what was in temporaries is lost at a branch. */
+        .globl gen_call
+gen_call:
+        cmp     rsi, [rip + check_exit]
+        je      1f
+        jmp     [rip + original_call]
+1:      push    rbx
+        push    r12
+        push    r13
+        sub     rsp, 16
+        mov     rbx, rdi
+        call    [rip + new_label]
+        mov     r12, rax
+        mov     rdi, rbx
+        mov     esi, TCG_TYPE_I32
+        xor     edx, edx
+        call    [rip + new_temp]
+        mov     r13, rax
+        mov     rdi, rbx
+        mov     esi, INDEX_OP_LD_I32
+        mov     rdx, r13
+        mov     rcx, [rbx + CTX_ENV]
+        add     rcx, rbx
+        mov     r8, ENV_ICOUNT_DECR
+        call    [rip + gen_op3]
+        mov     rdi, rbx
+        mov     esi, TCG_COND_GE
+        mov     rdx, r13
+        sub     rdx, rbx
+        xor     ecx, ecx
+        mov     r8, r12
+        call    [rip + gen_branch]
+        mov     rdi, rbx
+        mov     rsi, r13
+        call    [rip + free_temp]
+        mov     rdi, rbx
+        mov     rsi, [rbx + CTX_UC]
+        call    [rip + const_i64]
+        add     rax, rbx
+        mov     [rsp], rax
+        mov     rdi, rbx
+        xor     esi, esi
+        call    [rip + const_i32]
+        add     rax, rbx
+        mov     [rsp + 8], rax
+        mov     rdi, rbx
+        mov     rsi, [rip + check_exit]
+        xor     edx, edx
+        mov     ecx, 2
+        mov     r8, rsp
+        call    [rip + original_call]
+        mov     rdi, rbx
+        mov     rsi, [rsp + 8]
+        call    [rip + free_temp]
+        mov     rdi, rbx
+        mov     rsi, [rsp]
+        call    [rip + free_temp]
+        or      byte ptr [r12], LABEL_PRESENT
+        mov     rdi, rbx
+        mov     esi, INDEX_OP_SET_LABEL
+        mov     rdx, r12
+        add     rsp, 16
+        pop     r13
+        pop     r12
+        pop     rbx
+        jmp     [rip + gen_op1]
 
 /* void nothing(): in place of tlb_reset_dirty_by_vaddr, which walked the whole TLB for every new block; protect_code
    does it once a page. */
