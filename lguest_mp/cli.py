@@ -52,7 +52,7 @@ Options, anywhere before '--':
   --stuck-after=<seconds>
                       when a worker that has work and does none of it counts as crashed (30; 0: never)
   --demo              instead of a kernel: run a small guest that comes with lguest (the memory may be left out, too)
-  -v, --verbose       tell what happens
+  -v, --verbose       tell what happens, and at the end for what the guest left its CPU, and how often
   --help, --version
 
 Networks (each with mac=<mac> and mtu=<bytes>, if you like):

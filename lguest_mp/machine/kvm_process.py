@@ -10,6 +10,7 @@ from lguest_mp.config import GuestConfig
 from lguest_mp.cpu.engine import EntryState
 from lguest_mp.cpu.kvm.engine import KvmEngine
 from lguest_mp.cpu.kvm.needs import STACK
+from lguest_mp.machine.exits import CountedHardware
 from lguest_mp.machine.lock import BoardLock
 from lguest_mp.machine.pc import Pc
 from lguest_mp.machine.wiring import DevicePort
@@ -33,6 +34,8 @@ def run_machine(  # noqa: PLR0917 -- what a machine consists of
     threading.stack_size(STACK)
     engine = KvmEngine(file, memory, config.cpus)
     pc = KvmPc(engine, devices, requests, events, input_fd=0, output_fd=1)
+    if config.verbose:
+        engine.connect(CountedHardware(pc, pc.count_exits()))
     pc.run(engine, entry)
 
 

@@ -30,9 +30,10 @@ from lguest_mp.bus.pci import ALL_ONES, WINDOW_SHIFT, IntxLines, PciBus
 from lguest_mp.bus.virtio_pci import VirtioPciFunction
 from lguest_mp.cpu.engine import DirectPaths, Engine, EntryState, GuestFault, GuestHalted, LocalApics
 from lguest_mp.errors import LguestError
-from lguest_mp.machine import power
+from lguest_mp.machine import clock, exits, lapic, power
 from lguest_mp.machine.control import Control, News, Supervisor, SupervisorGone, bug, live
 from lguest_mp.machine.eventloop import EventLoop
+from lguest_mp.machine.exits import ExitCount
 from lguest_mp.machine.ioapic import IoApic
 from lguest_mp.machine.layout import (
     IO_APIC_BASE,
@@ -55,6 +56,17 @@ from lguest_mp.screen import Track
 from lguest_mp.virtio.device import DeviceId
 
 _IO_APIC_PAGE = IO_APIC_BASE >> 12
+#: What the table of exits calls ports and registers.
+_PORTS = {
+    **dict.fromkeys(range(SERIAL_PORT, SERIAL_PORT + 8), "serial port"),
+    **dict.fromkeys([PCI_CONFIG_ADDRESS, *range(PCI_CONFIG_DATA, PCI_CONFIG_DATA + 4)], "PCI configuration"),
+}
+_MSRS = {
+    lapic.TSC_DEADLINE_MSR: "TSC deadline",
+    lapic.APIC_BASE_MSR: "APIC base",
+    clock.SYSTEM_TIME_MSR: "clock, system time",
+    clock.WALL_CLOCK_MSR: "clock, wall time",
+}
 _PAGE_SHIFT = 12
 _PAGE_MASK = 0xFFF
 _WINDOW_MASK = (1 << WINDOW_SHIFT) - 1
@@ -96,6 +108,7 @@ class Pc:
         """
         self._supervisor = Supervisor(requests)
         self._engine: Engine | None = None
+        self._exits: ExitCount | None = None
         self._loop = EventLoop()
 
         self._lock = lock
@@ -199,6 +212,11 @@ class Pc:
         """Has the events' thread call ``handler`` whenever ``fd`` is readable."""
         self._loop.add(fd, handler)
 
+    def count_exits(self) -> ExitCount:
+        """Has the supervisor told at the guest's end what was counted here."""
+        self._exits = ExitCount()
+        return self._exits
+
     # The guest's accesses, on the CPU's thread
 
     def port_read(self, port: int, size: int) -> int:
@@ -279,12 +297,48 @@ class Pc:
         engine.enter(entry)
         self._take_input()
         live(
-            lambda: self._run_to_the_end(engine),
+            lambda: self._run_and_count(engine),
             supervisor=self._supervisor,
             loop=self._loop,
             events_failed=self._events_failed,
             output=self._output,
         )
+
+    def _run_and_count(self, engine: Engine) -> Message:
+        end = self._run_to_the_end(engine)
+        if self._exits is not None:
+            for line in self._exits.table(self._cause):
+                self._supervisor.tell(protocol.Log(line, verbose=True))
+        return end
+
+    def _cause(self, cause: exits.Cause) -> str:
+        """What a person calls it."""
+        kind, where = cause
+        match kind:
+            case exits.PORT_READ | exits.PORT_WRITE:
+                what = _PORTS.get(where)
+                return f"{kind}: {what}" if what else f"{kind}: {where:#x}{self._unless_known(where)}"
+            case exits.LOAD | exits.STORE:
+                return f"{kind}: {self._place(where)}"
+            case exits.CPUID | exits.RDMSR | exits.WRMSR:
+                return f"{kind}: {_MSRS.get(where, f'{where:#x}') if kind != exits.CPUID else f'{where:#x}'}"
+            case exits.INTERRUPT:
+                return f"{kind}: vector {where:#x}"
+        return kind
+
+    def _unless_known(self, port: int) -> str:
+        return "" if port in self._port_readers or port in self._port_writers else ", where nothing is"
+
+    def _place(self, page: int) -> str:
+        if page == self._local_apics.page:
+            return "local APIC"
+        if page == _IO_APIC_PAGE:
+            return "I/O APIC"
+        address = page << _PAGE_SHIFT
+        for function in self._functions:
+            if self._bus.windows.get(address >> WINDOW_SHIFT) is function:
+                return function.device.name
+        return f"{address:#x}, where nothing is"
 
     def _run_to_the_end(self, engine: Engine) -> Message:
         try:

@@ -14,6 +14,7 @@ from lguest_mp.config import GuestConfig
 from lguest_mp.cpu.engine import EntryState
 from lguest_mp.cpu.unicorn.engine import UnicornEngine
 from lguest_mp.machine.embedded import EmbeddedPc
+from lguest_mp.machine.exits import CountedPlatform
 from lguest_mp.machine.stalecode import answer_workers
 from lguest_mp.machine.wiring import DevicePort
 from lguest_mp.memory import GuestMemory
@@ -30,6 +31,7 @@ def run_machine(  # noqa: PLR0917 -- what a machine consists of
 ) -> None:
     """Runs the guest from its first instruction to its end, and tells the supervisor how it ended."""
     pc = EmbeddedPc(memory, devices, requests, events, input_fd=0, output_fd=1)
-    engine = UnicornEngine(memory, pc, code_map)
+    platform = CountedPlatform(pc, pc.count_exits()) if config.verbose else pc
+    engine = UnicornEngine(memory, platform, code_map)
     answer_workers(code_map, engine, pc.add_reader)
     pc.run(engine, entry)

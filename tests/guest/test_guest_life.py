@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def test_many_reboots_in_a_row(launch: Launch, disk: Path) -> None:
     assert len(guest.processes()) == 6
     assert f"reboot {REBOOTS}" in guest.output
     guest.power_off()
+    assert re.search(r"exits of the guest:(.*\n)+.* port read: PCI configuration", guest.output)
     assert_nothing_remains(guest)
 
 
