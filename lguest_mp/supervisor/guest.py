@@ -28,12 +28,10 @@ from lguest_mp import prctl, protocol, terminal
 from lguest_mp.errors import LguestError
 from lguest_mp.jail.plan import OFF
 from lguest_mp.protocol import ProtocolError
-from lguest_mp.supervisor import children, ending, processes, resources
+from lguest_mp.supervisor import children, ending, resources
 from lguest_mp.supervisor.children import Ear
-from lguest_mp.supervisor.devices import Devices, Listener, Request
 from lguest_mp.supervisor.log import Level
 from lguest_mp.supervisor.loop import Loop
-from lguest_mp.supervisor.news import News
 from lguest_mp.supervisor.signals import STOPPING
 from lguest_mp.virtio.console import Console
 from lguest_mp.virtio.device import DeviceId
@@ -44,6 +42,7 @@ if TYPE_CHECKING:
     from lguest_mp.registry import Claim
     from lguest_mp.supervisor.children import Child, Naming
     from lguest_mp.supervisor.control import Control
+    from lguest_mp.supervisor.devices import Devices, Request
     from lguest_mp.supervisor.ending import Ending
     from lguest_mp.supervisor.resources import Resources
     from lguest_mp.supervisor.service import Service
@@ -110,6 +109,8 @@ class Guest:
                 self._connect()
             except OSError as error:
                 raise LguestError(f"cannot make the guest's channels: {error.strerror}") from error
+            self._fork_machine()
+            self._devices = self._make_devices()
             try:
                 entry = self._start()
                 while self._ending is None:
@@ -149,18 +150,6 @@ class Guest:
             self._opened.callback(self._watches.close)
         for device in self._resources.devices:
             device.attend(self._loop)
-        self._devices = Devices(
-            self._resources,
-            self._ports,
-            self._watches,
-            self._naming,
-            self._loop,
-            Listener(self.end, News(self._events, self._loop)),
-            self._restarted,
-            self._grace,
-        )
-        if not self._resources.confinement.is_empty:
-            self._answer_others()  # there may be no Python where we are going
 
     def _answer_others(self) -> None:
         """Begins to answer lguestctl, and whoever has been waiting for that."""
@@ -181,14 +170,20 @@ class Guest:
         self._opened.callback(os.close, fd)
         return fd
 
-    def _start(self) -> EntryState:
-        """Forks the machine process and loads the kernel meanwhile; the registers at its first instruction."""
+    def _fork_machine(self) -> None:
         log = self._resources.log
         self._loop.watch(log.fd, log.flush)
         self._machine_plan = self._resources.jail.plan(self._resources.parts.machine_needs)
-        self._machine = machine = children.fork("cpu", self._be_machine, Ear(self._loop, log))
+        self._machine = children.fork("cpu", self._be_machine, Ear(self._loop, log))
         self._machine_requests.close()
         self._machine_events.close()
+
+    def _start(self) -> EntryState:
+        """Loads the kernel while the machine process imports its engine; the registers at its first instruction."""
+        if not self._resources.confinement.is_empty:
+            self._answer_others()  # there may be no Python where we are going
+        machine = self._machine
+        assert machine is not None
         self._loop.watch(self._signals.fd, self._on_signals, first=True)
         self._loop.watch(self._requests.fileno(), self._on_request)
         self._loop.watch(machine.pidfd, lambda: self._on_machine_exit(machine))
@@ -196,6 +191,26 @@ class Guest:
             if (helper := device.helper) is not None:
                 self._loop.watch(helper.pidfd, partial(self._on_helper_exit, device, helper))
         return self._resources.load_kernel()
+
+    def _make_devices(self) -> Devices:
+        """Who looks after the workers; it is imported while the machine process imports its engine, and so is the rest.
+
+        Not later than that: there may be no Python where we are going.
+        """
+        from lguest_mp.supervisor import processes  # noqa: F401, PLC0415
+        from lguest_mp.supervisor.devices import Devices, Listener  # noqa: PLC0415
+        from lguest_mp.supervisor.news import News  # noqa: PLC0415
+
+        return Devices(
+            self._resources,
+            self._ports,
+            self._watches,
+            self._naming,
+            self._loop,
+            Listener(self.end, News(self._events, self._loop)),
+            self._restarted,
+            self._grace,
+        )
 
     def _be_machine(self) -> int:
         """The body of the machine process; its exit status."""
@@ -417,6 +432,8 @@ class Guest:
 
     def _show_table(self) -> None:
         members = [("supervisor", os.getpid()), *((child.name, child.pid) for child in self._children())]
+        from lguest_mp.supervisor import processes  # noqa: PLC0415 -- which is there by now
+
         for line in processes.table(members):
             self._resources.log.say(line)
 
