@@ -36,6 +36,7 @@ import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 from lguest_mp.boot.elf import ElfImage, Segment
 from lguest_mp.boot.pieces import pieces
@@ -155,7 +156,11 @@ class KernelCache:
 
     def __init__(self, base: str | None) -> None:
         """``base``: the directory below which it is; None: there is none."""
-        self._directory = None if base is None else _open_directory(base)
+        self._base = base
+
+    @cached_property
+    def _directory(self) -> _Directory | None:
+        return None if self._base is None else _open_directory(self._base)
 
     @classmethod
     def of_user(cls) -> KernelCache:

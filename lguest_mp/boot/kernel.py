@@ -118,7 +118,12 @@ def _kept(file: HostFile, image: BzImage, kept: Unpacked, digest: bytes, low_mem
         compression = find_compression(memoryview(packed))
         if compression is None or digest_of([packed]) != digest:
             raise LguestError(f"{file.name} became another one while it was read; start again")
-        return Payload(file.name, memoryview(packed), compression).chunks()
+        try:
+            yield from Payload(file.name, memoryview(packed), compression).chunks()
+        except ImportError as error:  # another root directory may hold no decompressor
+            raise LguestError(
+                f"what was kept of {file.name} is damaged, and here is no {error.name}; start again"
+            ) from error
 
     return _direct(file.name, image.header, kept.image, source, low_memory, kept)
 

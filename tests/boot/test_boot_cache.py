@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import multiprocessing
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,25 @@ def test_a_damaged_entry_of_a_kernel_that_has_changed_since_is_an_error(image: P
     image.write_bytes(bytes(len(IMAGE)))
     with pytest.raises(LguestError, match="became another one"):
         kernel.load(GuestMemory(MEMORY))
+
+
+def test_where_it_cannot_be_unpacked_again_that_is_an_error(
+    image: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After --chroot there may be no Python."""
+    read(image, base)
+    kernel = read(image, base)
+    os.truncate(entries(base)[0], 70 << 10)
+    monkeypatch.setitem(sys.modules, "lz4.block", None)
+    with pytest.raises(LguestError, match=r"damaged, and here is no lz4.block"):
+        kernel.load(GuestMemory(MEMORY))
+
+
+def test_a_vmlinux_is_not_kept(tmp_path: Path, base: Path) -> None:
+    path = tmp_path / "vmlinux"
+    path.write_bytes(VMLINUX)
+    check(read(path, base))
+    assert not base.exists()
 
 
 def test_what_does_not_unpack_is_not_kept(image: Path, base: Path) -> None:
