@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from guestkit.disk import MIB
 from guestkit.guest import Guest
@@ -21,6 +23,18 @@ DISK_SIZE = 256 * MIB
 ARGUMENTS = ("quiet", "agent=ttyS0", "load=virtio_pci,virtio_blk")
 
 AnyGuest = Guest | QemuGuest
+Number = TypeVar("Number")
+
+
+@dataclass(frozen=True)
+class Times:
+    """How long something took by the host's clock, the same for all guests, and what it took of its processors.
+
+    All that the guest's processes did meanwhile counts. On a busy machine that tells more than the clock.
+    """
+
+    seconds: float
+    processor: float
 
 
 @dataclass(frozen=True)
@@ -120,13 +134,13 @@ class Bench:
 
 
 def interleaved(
-    guests: Sequence[AnyGuest], rounds: int, measure: Callable[[AnyGuest], float]
-) -> list[tuple[float, ...]]:
+    guests: Sequence[AnyGuest], rounds: int, measure: Callable[[AnyGuest], Number]
+) -> list[tuple[Number, ...]]:
     """What is measured of each guest in each round, one after the other: for each guest its numbers.
 
     Every other round goes backwards, so that whatever the first one leaves to the second is shared out.
     """
-    numbers: list[list[float]] = [[] for _ in guests]
+    numbers: list[list[Number]] = [[] for _ in guests]
     for turn in range(rounds):
         order = list(enumerate(guests))
         for index, guest in reversed(order) if turn % 2 else order:
@@ -134,15 +148,31 @@ def interleaved(
     return [tuple(each) for each in numbers]
 
 
-def seconds_of(command: str) -> Callable[[AnyGuest], float]:
-    """How long a command takes in a guest, in seconds by the host's clock, the same for all guests."""
+def timed(command: str) -> Callable[[AnyGuest], Times]:
+    """How long a command takes in a guest."""
 
-    def seconds(guest: AnyGuest) -> float:
-        started = time.monotonic()
+    def times(guest: AnyGuest) -> Times:
+        processor, started = cpu_seconds(guest), time.monotonic()
         guest.agent.run(command)
-        return time.monotonic() - started
+        return Times(time.monotonic() - started, cpu_seconds(guest) - processor)
 
-    return seconds
+    return times
+
+
+def rows_of(name: str, ours: Sequence[Times], theirs: Sequence[Times], goal: float) -> Iterator[Row]:
+    """Seconds, with a goal, and processor seconds."""
+    yield Row(name, "s", tuple(each.seconds for each in ours), tuple(each.seconds for each in theirs), goal=goal)
+    our_processor, their_processor = (tuple(each.processor for each in side) for side in (ours, theirs))
+    yield Row("- processor time", "s", our_processor, their_processor)
+
+
+def cpu_seconds(guest: AnyGuest) -> float:
+    """CPU time of all of its processes so far, of the ended ones too."""
+    ticks = 0
+    for pid in guest.processes():
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def make_disks(directory: Path) -> tuple[Path, Path]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from guestkit.disk import MIB, make_sparse
 from guestkit.growth import unique_size
-from guestkit.measures.bench import AnyGuest, Bench, Row
+from guestkit.measures.bench import AnyGuest, Bench, Row, cpu_seconds
 
 GIB = 1024 * MIB
 _IDLE_SECONDS = 10.0
@@ -30,10 +30,10 @@ def idle(bench: Bench) -> Iterator[Row]:
     """How much of a core an idle guest costs, all of its processes, both at the same time."""
     with bench.both() as (ours, theirs):
         time.sleep(_SETTLE_SECONDS)
-        samples = [(_cpu_seconds(ours), _cpu_seconds(theirs), time.monotonic())]
+        samples = [(cpu_seconds(ours), cpu_seconds(theirs), time.monotonic())]
         for _ in range(bench.rounds):
             time.sleep(_IDLE_SECONDS)
-            samples.append((_cpu_seconds(ours), _cpu_seconds(theirs), time.monotonic()))
+            samples.append((cpu_seconds(ours), cpu_seconds(theirs), time.monotonic()))
     shares = [
         [100 * (after[who] - before[who]) / (after[2] - before[2]) for before, after in pairwise(samples)]
         for who in (0, 1)
@@ -81,15 +81,6 @@ def density(bench: Bench) -> Iterator[Row]:
     yield Row(f"guests of {_DENSE_MEMORY} MiB per GiB", "", our_count, their_count, more_is_better=True)
     our_size, their_size = ((size / MIB,) for size in sizes)
     yield Row("- one takes", "MiB", our_size, their_size)
-
-
-def _cpu_seconds(guest: AnyGuest) -> float:
-    """CPU time of all of its processes so far, of the ended ones too."""
-    ticks = 0
-    for pid in guest.processes():
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += sum(map(int, fields[11:15]))
-    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _size_without_ram(pid: int) -> int:
