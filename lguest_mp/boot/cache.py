@@ -1,9 +1,9 @@
 """Unpacked kernels, kept: a launch with a kernel that was launched before only copies it.
 
-To unpack a kernel takes 30 ms (LZ4) to half a second (xz), and what comes out is the same every time. So it is kept, a file
-for each payload, in ``lguest/kernels`` below ``$XDG_CACHE_HOME`` (``~/.cache``), under the payload's SHA-256: another
-payload is another entry, whatever its image's name and dates. An entry is what :class:`Unpacked` tells, and the pieces
-that are not zeros, one behind the other, as they go to guest memory.
+To unpack a kernel takes 30 ms (LZ4) to half a second (xz), and what comes out is the same every time. So it is kept, a
+file for each payload, in ``lguest/kernels`` below ``$XDG_CACHE_HOME`` (``~/.cache``), under the payload's SHA-256:
+another payload is another entry, whatever its image's name and dates. An entry is what :class:`Unpacked` tells, and the
+pieces that are not zeros, one behind the other, as they go to guest memory.
 
 The cache is a convenience. Whatever is wrong with it (it cannot be made, is full, is somebody else's, is read-only)
 means that there is none, and nobody is told. What can happen to it, and what is done about it:
