@@ -88,8 +88,10 @@ def test_a_large_guest_costs_what_it_touches(launch: Launch) -> None:
 
 @pytest.mark.parametrize("load", ["idle", "busy"])
 def test_the_guests_clocks_keep_the_hosts_time(launch: Launch, load: str) -> None:
+    launched = time.monotonic()
     guest = launch()
     guest.boot()
+    booted_in = time.monotonic() - launched
     work = {"idle": "sleep 10", "busy": "timeout 10 sh -c 'while :; do :; done'"}[load]
     times = []
     uptimes = []
@@ -104,5 +106,6 @@ def test_the_guests_clocks_keep_the_hosts_time(launch: Launch, load: str) -> Non
     before_date = time.time()
     shown = guest.run("adjtimex | grep -o 'time.tv_.*'").split()
     date = int(shown[1]) + int(shown[3]) / 1e6
-    assert before_date - 1 <= date <= time.time() + 0.1
+    # Linux counts ticks in the first half of its start, and a busy host loses some of them.
+    assert before_date - max(1, booted_in / 2) <= date <= time.time() + 0.1
     guest.power_off()
