@@ -77,7 +77,8 @@ class CodeWatch:
     """A worker's side: a WriteWatch over the map and the worker's end of its queue's channel."""
 
     def __init__(self, code_map: CodeMap, channel: socket.socket) -> None:
-        self._marks = code_map.marks
+        #: A byte for each page of guest memory, 1 where it matters what is written there: for who looks by himself.
+        self.marks = code_map.marks
         self._channel = channel
         self._number = 0
 
@@ -86,9 +87,9 @@ class CodeWatch:
         # Nearly always each range lies in one page, and no page has a mark.
         firsts = [offset // PAGE_SIZE for offset, _ in ranges]
         lasts = [(offset + length - 1) // PAGE_SIZE for offset, length in ranges]
-        if firsts == lasts and 1 not in map(self._marks.__getitem__, firsts):
+        if firsts == lasts and 1 not in map(self.marks.__getitem__, firsts):
             return
-        find = self._marks.find
+        find = self.marks.find
         hits = [
             (first, last)
             for first, last in zip(firsts, lasts, strict=True)

@@ -45,7 +45,7 @@ from lguest_mp.jail.needs import Needs
 from lguest_mp.network import header
 from lguest_mp.network.header import NetFeature
 from lguest_mp.network.rtnetlink import LinkWatch
-from lguest_mp.network.wire import Wire, WireGone
+from lguest_mp.network.wire import T, Wire, WireGone
 
 if TYPE_CHECKING:
     from lguest_mp.config import TapConfig
@@ -113,7 +113,7 @@ class Tap(Wire):
 
     def __init__(self, config: TapConfig, mtu: int | None = None) -> None:
         with contextlib.ExitStack() as undo:
-            self._file = _open()
+            self._file = self.file = _open()
             undo.callback(os.close, self._file)
             #: The interface's name. It may have got another one since.
             self.name = _connect(self._file, config.interface)
@@ -136,8 +136,6 @@ class Tap(Wire):
         #: What was last told of the link; None: nothing yet. And whether the kernel said so when it was last asked.
         self._up: bool | None = None
         self._is_known = True
-        #: Whether the host took nothing for too long, and nothing since.
-        self._is_stuck = False
         self._poller = select.poll()
         self._poller.register(self._file, select.POLLIN)
         self._poller.register(self._watch, select.POLLIN)
@@ -176,8 +174,12 @@ class Tap(Wire):
 
     def read(self, views: Sequence[memoryview]) -> int:
         """See :meth:`Wire.read`; at most IOV_MAX views. WireGone comes after :meth:`wait` has told that it is down."""
+        return self.read_by(lambda: os.readv(self._file, views))
+
+    def read_by(self, receive: Callable[[], T]) -> T:
+        """See :meth:`Wire.read_by`."""
         try:
-            return os.readv(self._file, views)
+            return receive()
         except BlockingIOError:
             raise
         except OSError as error:
@@ -223,13 +225,13 @@ class Tap(Wire):
                 deadline = deadline or now + WRITE_PATIENCE
                 poller = select.poll()
                 poller.register(self._file, select.POLLOUT)
-                if self._is_stuck or now >= deadline or not poller.poll((deadline - now) * 1000):
-                    self._is_stuck = True
+                if self.is_stuck or now >= deadline or not poller.poll((deadline - now) * 1000):
+                    self.is_stuck = True
                     raise TimeoutError(errno.ETIMEDOUT, "the host does not take them") from error
             except OSError as error:
                 self._fail(error)
             else:
-                self._is_stuck = False
+                self.is_stuck = False
                 return
 
     def close(self) -> None:

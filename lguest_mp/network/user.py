@@ -130,7 +130,7 @@ class UserNetwork(Wire):
         self._helper: Child | None = None
         self._fragments = fragments.Fragments()
         #: Whether the program took nothing for too long, and nothing since.
-        self._is_stuck = False
+        self.is_stuck = False
         self._start()
 
     @property
@@ -389,11 +389,11 @@ class UserNetwork(Wire):
             pieces = [whole]
         try:
             if not (self._write(pieces) or self._write_late(pieces)):
-                self._is_stuck = True
+                self.is_stuck = True
                 raise OSError(errno.ENOBUFS, f"{PROGRAM} takes no frames")
         except (BrokenPipeError, ConnectionResetError):
             raise WireGone(f"{PROGRAM} is gone") from None
-        self._is_stuck = False
+        self.is_stuck = False
 
     def _write(self, pieces: list[bytes | memoryview]) -> bool:
         """False if there is no room."""
@@ -405,7 +405,7 @@ class UserNetwork(Wire):
 
     def _write_late(self, pieces: list[bytes | memoryview]) -> bool:
         """The same after there was no room: waits for it once, and then no more until the program takes frames."""
-        return not self._is_stuck and self._poll(select.POLLOUT, WRITE_PATIENCE) and self._write(pieces)
+        return not self.is_stuck and self._poll(select.POLLOUT, WRITE_PATIENCE) and self._write(pieces)
 
     def _poll(self, events: int, seconds: float | None) -> bool:
         """Whether one of ``events``, or the program's end, comes within ``seconds``."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lguest_mp.jail.calls import plain
 from lguest_mp.jail.needs import Needs
@@ -17,6 +17,8 @@ from lguest_mp.jail.needs import Needs
 if TYPE_CHECKING:
     from lguest_mp.supervisor.children import Child
     from lguest_mp.supervisor.loop import Loop
+
+T = TypeVar("T")
 
 #: The longest frame on any wire, in bytes, header included: 64 KiB of IP packet that is cut up later, on Ethernet with
 #: a VLAN tag or two, and the virtio header.
@@ -35,6 +37,11 @@ class Wire(ABC):
     has_header: bool
     #: Whether that header comes from somebody who may lie (another guest) and has to be checked.
     is_suspect: bool = False
+    #: Where a frame is one readv(2) or one writev(2), and nothing more has to be done for one that succeeds; None: ask
+    #: ``read`` and ``write``.
+    file: int | None = None
+    #: Whether frames are lost at once, until one can be written (see ``write``).
+    is_stuck: bool = False
 
     def connect(self) -> None:  # noqa: B027 -- most wires are ready at once
         """Finishes what the constructor began and somebody else had to do; before anything is forked. LguestError."""
@@ -85,6 +92,10 @@ class Wire(ABC):
 
         BlockingIOError when there is none now; WireGone; any other OSError says that this frame was lost.
         """
+
+    def read_by(self, receive: Callable[[], T]) -> T:
+        """Has ``receive`` read the ``file``: what it returns. The errors of that are those of :meth:`read`."""
+        return receive()
 
     @abstractmethod
     def wait(self, status: Callable[[bool], None]) -> None:

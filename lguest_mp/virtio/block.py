@@ -45,6 +45,7 @@ from lguest_mp.jail.calls import one_of, plain
 from lguest_mp.jail.needs import Needs
 from lguest_mp.virtio import vectors
 from lguest_mp.virtio.device import QUEUE_SIZE, Device, DeviceId
+from lguest_mp.virtio.usual import DiskRequests
 
 if TYPE_CHECKING:
     from lguest_mp.virtio.queue import Chain, Queue
@@ -221,8 +222,9 @@ class _Server:
 
     def serve(self) -> None:
         queue = self._queue
+        wait = queue.waiter(DiskRequests(self._file, self._bytes, self._disk.read_only, self._write_flags))
         while True:
-            chain = queue.wait()
+            chain = wait()
             queue.push(chain, *self._request(chain))
 
     def _request(self, chain: Chain) -> tuple[int, int]:

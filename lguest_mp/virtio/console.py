@@ -38,6 +38,7 @@ from lguest_mp.screen import Track
 from lguest_mp.virtio import serving, vectors
 from lguest_mp.virtio.device import Device, DeviceId
 from lguest_mp.virtio.serving import Losses
+from lguest_mp.virtio.usual import Output
 
 if TYPE_CHECKING:
     from lguest_mp.line import Line
@@ -160,8 +161,13 @@ class Console(Device):
     def _transmit(self, queue: Queue, context: WorkerContext) -> None:
         losses = Losses(self.name, context.log)
         screen = None if self.line is None else self.line.writer(Track.CONSOLE)
+
+        def lost(error: int) -> None:
+            losses.note(error, f"output is lost: {os.strerror(error)}")
+
+        wait = queue.waiter(Output(self._output, screen, lost))
         while True:
-            chain = queue.wait()
+            chain = wait()
             if chain.writable_ranges:
                 raise DeviceProtocolError("5.3.6.1", "a device-writable buffer in transmitq")
             views = chain.readable
@@ -171,7 +177,7 @@ class Console(Device):
             error = _write(self._output, views)
             queue.is_waiting(False)
             if error:
-                losses.note(error, f"output is lost: {os.strerror(error)}")
+                lost(error)
             queue.push(chain, 0, vectors.total(views))
             # Linux polls for the completion of every buffer; the next write may take long.
             queue.flush()

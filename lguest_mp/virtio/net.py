@@ -40,6 +40,7 @@ from lguest_mp.network.wire import LONGEST_FRAME, WireGone
 from lguest_mp.virtio import serving, vectors
 from lguest_mp.virtio.device import Device, DeviceId, Feature
 from lguest_mp.virtio.serving import Losses
+from lguest_mp.virtio.usual import Frames
 
 if TYPE_CHECKING:
     from lguest_mp.network.wire import Wire
@@ -164,11 +165,14 @@ class Net(Device):
 
 def _transmit(net: Net, queue: Queue, context: WorkerContext, header_size: int) -> None:
     """Puts what the guest sends on the wire, frame by frame."""
-    write = net.wire.write
-    skipped = 0 if net.wire.has_header else header_size
+    wire = net.wire
+    wait = queue.wait
+    if wire.file is not None:
+        wait = queue.waiter(Frames(wire.file, header_size, LONGEST_FRAME))
+    skipped = 0 if wire.has_header else header_size
     losses = Losses(net.name, context.log)
     while True:
-        chain = queue.wait()
+        chain = queue.wait() if wire.is_stuck else wait()
         if chain.writable_ranges:
             raise DeviceProtocolError("5.1.6.2", "a device-writable buffer in transmitq")
         views = chain.readable
@@ -181,7 +185,7 @@ def _transmit(net: Net, queue: Queue, context: WorkerContext, header_size: int) 
             if length > LONGEST_FRAME:
                 losses.note("long", f"a packet of {length} bytes is lost: no network has such")
             else:
-                write(views)
+                wire.write(views)
         except OSError as error:
             losses.note(error.errno, f"packets to the network are lost: {error.strerror}")
         except WireGone:
@@ -214,6 +218,10 @@ class _Receiver:
         self._lost = 0
         #: For what does not fit; a successor finds it there.
         self._spill = queue.scratch[:LONGEST_FRAME]
+        #: Takes and delivers frames of the usual kind, where the core can and the header can be believed.
+        self._receive = None
+        if net.wire.file is not None and not net.wire.is_suspect:
+            self._receive = queue.receiver(Frames(net.wire.file, header_size, LONGEST_FRAME))
 
     def serve(self) -> None:
         self._on_status(self._wire.is_up())
@@ -242,9 +250,8 @@ class _Receiver:
     def _next_frame(self) -> None:
         """Takes a frame from the wire, or waits until there is one."""
         queue = self._queue
-        views, buffers = self._where()
         try:
-            length = queue.take(self._wire.read, views, buffers)
+            views, buffers, length = self._take()
         except BlockingIOError:
             queue.flush()
             queue.is_waiting(True)
@@ -256,6 +263,17 @@ class _Receiver:
             time.sleep(_AFTER_FAILURE)
         else:
             self._on_frame(views, buffers, length)
+
+    def _take(self) -> tuple[list[memoryview], int, int]:
+        """Reads a frame: where it lies, in how many buffers, and its length. OSError as of ``Wire.read``."""
+        length = None
+        if self._receive is not None and not self._held and self._expected == 1:
+            chain, length = self._wire.read_by(self._receive)
+            self._hold(chain)
+        views, buffers = self._where()
+        if length is None:
+            length = self._queue.take(self._wire.read, views, buffers)
+        return views, buffers, length
 
     def _on_frame(self, views: list[memoryview], buffers: int, length: int) -> None:
         """A frame of ``length`` bytes lies in ``views``, which are those of ``buffers`` buffers and the spill."""

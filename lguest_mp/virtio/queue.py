@@ -8,6 +8,9 @@ A worker that serves a queue does this and no more::
         ...                             # read chain.readable, fill chain.writable
         queue.push(chain, written)      # done with it: the first `written` bytes of its writable part are filled
 
+A device that can say in data what is usual of its requests (``usual.py``) asks for :meth:`Queue.waiter` and calls that
+in place of ``wait``: a compiled core then serves what is usual by itself, and returns the rest.
+
 Completions are *published* (the driver sees them) and the driver is interrupted, if it wants to be, when ``wait()``
 finds nothing more to do, when ``BATCH`` of them have come together, and at :meth:`Queue.flush`. A device calls
 ``flush()`` before anything that may take long, so that finished work does not wait behind it. A device whose work comes
@@ -79,6 +82,7 @@ from lguest_mp.virtio.ledger import (
 
 if TYPE_CHECKING:
     from lguest_mp.codemap import WriteWatch
+    from lguest_mp.virtio.usual import Frames, Usual
 
 #: Descriptor flags (virtio 1.2, 2.7.5).
 DESC_F_NEXT = 1
@@ -147,6 +151,10 @@ class Chain:
         return [view[offset : offset + length] for offset, length in self.writable_ranges]
 
 
+#: What Queue.receiver gives.
+Receive = Callable[[], tuple[Chain, int | None]]
+
+
 class Queue:
     """One split virtqueue, served by this process.
 
@@ -212,6 +220,10 @@ class Queue:
         self.scratch = account.scratch
         #: What a predecessor had taken of the host's for the next buffers, and its number for it; see :meth:`take`.
         self.taken = (0, 0)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Makes a start, now that all of the queue's parts are in their places."""
         self._suppress_notifications()
         self._take_over()
 
@@ -262,6 +274,24 @@ class Queue:
             if left <= 0:
                 return None
             self._sleep(left)
+
+    def waiter(self, requests: Usual) -> Callable[[], Chain]:
+        """A function that does what ``wait`` does, except that it may serve such ``requests`` itself.
+
+        What it returns is to be served from its beginning.
+        """
+        del requests  # this core leaves them all to the device
+        return self.wait
+
+    def receiver(self, frames: Frames) -> Receive | None:
+        """A function that may put such ``frames`` into one buffer each, for as long as they come and fit; None: cannot.
+
+        It returns the next buffer, and the length of a frame that was taken (see :meth:`take`) into that and, since it
+        is too short, the ``scratch``; None: no frame was taken, since the buffer is not usual. OSError, as of readv(2):
+        there is no frame now (BlockingIOError), or that one is lost; no buffer was taken.
+        """
+        del frames
+        return None
 
     def is_waiting(self, waiting: bool) -> None:
         """Tells those who watch that this worker waits for the host, perhaps for long, or that it goes on."""
@@ -332,13 +362,17 @@ class Queue:
         self._used_ring[done & (self.size - 1)] = chain.head | min(written, 0xFFFFFFFF) << 32
         self._done = (done + 1) & 0xFFFF
         if self._watch is not None:
-            if len(chain.writable_ranges) == 1:
-                offset, length = chain.writable_ranges[0]
-                self._written.append((offset, min(length, written)))
-            elif written >= sum(map(_length, chain.writable_ranges)):
-                self._written += chain.writable_ranges
-            else:
-                self._written += _first_bytes(chain.writable_ranges, written)
+            self._note(chain.writable_ranges, written)
+
+    def _note(self, ranges: list[tuple[int, int]], written: int) -> None:
+        """Notes which bytes the watch is to be told of."""
+        if len(ranges) == 1:
+            offset, length = ranges[0]
+            self._written.append((offset, min(length, written)))
+        elif written >= sum(map(_length, ranges)):
+            self._written += ranges
+        else:
+            self._written += _first_bytes(ranges, written)
 
     @property
     def unpublished(self) -> int:
@@ -405,10 +439,14 @@ class Queue:
         if self._available[1] == index:
             self._fields[PHASE] = _IDLE
             if seconds is None or self._is_kicked_within(seconds):
-                os.read(self._kick, 8)
+                self._take_kick()
             self._fields[PHASE] = _SERVING
         if not self._event_idx:
             self._suppress_notifications()
+
+    def _take_kick(self) -> None:
+        """Waits for a notification, and takes all that have come."""
+        os.read(self._kick, 8)
 
     def _is_kicked_within(self, seconds: float) -> bool:
         poll = select.poll()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lguest_mp.errors import DeviceProtocolError
 from lguest_mp.virtio.device import Device, DeviceId
+from lguest_mp.virtio.usual import RandomBuffers
 
 if TYPE_CHECKING:
     from lguest_mp.virtio.queue import Queue
@@ -34,8 +35,9 @@ class Rng(Device):
     def serve(self, queue_index: int, queue: Queue, context: WorkerContext) -> None:
         """Serves ``requestq``."""
         del queue_index, context
+        wait = queue.waiter(RandomBuffers(CHUNK))
         while True:
-            chain = queue.wait()
+            chain = wait()
             if chain.readable_ranges:
                 raise DeviceProtocolError("5.4.6.1", "a device-readable buffer in requestq")
             written = 0
