@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from getopt import GetoptError, gnu_getopt
 from pathlib import Path
 
-from lguest_mp import __version__
+from lguest_mp import __version__, core
 from lguest_mp.config import STUCK_AFTER, BlockConfig, CrashPolicy, DeviceConfig, GuestConfig, OnCrash, RngConfig
 from lguest_mp.errors import LguestError
 from lguest_mp.machine.layout import MAX_CPUS
@@ -45,6 +45,7 @@ Options, anywhere before '--':
   --cpu=<engine>      what executes the guest: kvm, the host's /dev/kvm; unicorn, the embedded CPU; lguest, the host's
                       /dev/lguest; auto, the default: KVM where it can run a stock kernel, the embedded CPU elsewhere
   --cpus=<n>          how many processors the guest has (on KVM)
+  --core=<core>       what serves the virtqueues: compiled, python; auto, the default: compiled, if it was built
   --machine=<kind>    what the guest finds: pc, or lguest, which is for 32-bit kernels; otherwise what the kernel is for
   --on-crash=[<device>:]<policy>
                       what to do when a worker (of that device: console, block0, net0, ...) crashes: restart it, at most
@@ -74,6 +75,7 @@ _OPTIONS = [
         "name=",
         "cpu=",
         "cpus=",
+        "core=",
         "machine=",
         "on-crash=",
         "stuck-after=",
@@ -111,8 +113,9 @@ def parse(arguments: Sequence[str]) -> GuestConfig:
     single = dict(given)  # of an option that counts once, the last one does
     if "help" in single:
         raise Told(_HELP)
+    of_core = _choice("core", single.get("core", core.CHOICES[0]), core.CHOICES)
     if "version" in single:
-        raise Told(f"lguest {__version__}\n")
+        raise Told(f"lguest {__version__}\ncore: {core.describe(of_core)}\n")
     cpu = _choice("cpu", single.get("cpu", _CPUS[0]), _CPUS)
     machine = _choice("machine", single["machine"], _MACHINES) if "machine" in single else None
     if "demo" in single:
@@ -132,6 +135,7 @@ def parse(arguments: Sequence[str]) -> GuestConfig:
         cpu=cpu,
         cpus=_count(single["cpus"]) if "cpus" in single else 1,
         machine=machine,
+        core=of_core,
         jail=_choice("jail", single.get("jail", "on"), _SWITCH) == "on",
         kernel_cache=_choice("kernel-cache", single.get("kernel-cache", "on"), _SWITCH) == "on",
         crash_policies=tuple(_crash_policy(value) for name, value in given if name == "on-crash"),

@@ -113,8 +113,9 @@ class GuestConfig:
     ``memory`` is in bytes. ``devices`` are in the order of the command line; the console, which every guest has, is
     not among them. ``arguments`` are the kernel's, as given. ``cpu`` is what executes it: ``unicorn``, ``kvm`` or
     ``lguest``; ``auto``: what this host has. ``machine`` is ``pc`` or ``lguest``; None: the one that the kernel is for.
-    ``jail``: whether its processes may do only what they need. ``kernel_cache``: whether unpacked kernels are kept
-    and looked for. ``crash_policies``: by device; None: of all others.
+    ``core``: which one serves the virtqueues (``core.CHOICES``). ``jail``: whether its processes may do only what they
+    need. ``kernel_cache``: whether unpacked kernels are kept and looked for. ``crash_policies``: by device; None: of
+    all others.
     ``stuck_after``: how long (seconds) a worker may get nothing of its work done, 0: for ever.
     """
 
@@ -130,6 +131,7 @@ class GuestConfig:
     cpu: str = "auto"
     cpus: int = 1
     machine: str | None = None
+    core: str = "auto"
     jail: bool = True
     kernel_cache: bool = True
     crash_policies: tuple[tuple[str | None, CrashPolicy], ...] = ()

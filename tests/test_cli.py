@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lguest_mp import __version__, cli
+from lguest_mp import __version__, cli, core
 from lguest_mp.config import (
     STUCK_AFTER,
     BlockConfig,
@@ -96,6 +96,11 @@ def test_options_stand_anywhere(arguments: list[str]) -> None:
     assert config.arguments == ("quiet",)
 
 
+def test_the_core_is_the_compiled_one_if_there_is_one_unless_it_is_named() -> None:
+    assert cli.parse(["256", "vmlinuz"]).core == "auto"
+    assert cli.parse(["--core=python", "256", "vmlinuz"]).core == "python"
+
+
 def test_behind_two_dashes_everything_is_the_kernels() -> None:
     config = cli.parse(["256", "vmlinuz", "root=/dev/vda", "--", "--rng", "-v", "--", "-b"])
     assert config.arguments == ("root=/dev/vda", "--rng", "-v", "--", "-b")
@@ -119,6 +124,7 @@ def test_one_dash_is_an_argument() -> None:
         (["--rng=yes", "256", "vmlinuz"], "--rng must not have an argument"),
         (["--cpu=xen", "256", "vmlinuz"], "--cpu=xen is unknown; there is auto, kvm, unicorn, lguest"),
         (["--machine=vax", "256", "vmlinuz"], "--machine=vax is unknown; there is pc, lguest"),
+        (["--core=apple", "256", "vmlinuz"], "--core=apple is unknown; there is auto, compiled, python"),
     ],
 )
 def test_what_is_no_command_line(arguments: list[str], words: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +231,9 @@ def test_help_names_every_option(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_version(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
-    assert capfd.readouterr().out == f"lguest {__version__}\n"
+    assert capfd.readouterr().out == f"lguest {__version__}\ncore: {core.describe()}\n"
+    assert cli.main(["--version", "--core=python"]) == 0
+    assert capfd.readouterr().out == f"lguest {__version__}\ncore: Python\n"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

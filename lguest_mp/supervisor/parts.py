@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lguest_mp import core
 from lguest_mp.errors import LguestError
 from lguest_mp.supervisor.log import say
 
@@ -98,7 +99,8 @@ class Parts:
 
     ``device_memory``: how many bytes of guest memory behind the RAM are for devices. ``machine_files``: what the
     machine process keeps open for itself. ``machine_needs``: what it needs of the host besides; None: all there is.
-    ``engine``: what executes the guest, for a person, and why. ``machine`` is what ``--machine`` calls it.
+    ``engine``: what executes the guest, and ``core``: what serves its queues, for a person, and why.
+    ``machine`` is what ``--machine`` calls it.
     """
 
     read_kernel: Callable[[GuestConfig], Kernel]
@@ -110,6 +112,7 @@ class Parts:
     device_memory: int = 0
     machine_files: tuple[int, ...] = ()
     engine: str = "the embedded CPU"
+    core: str = "Python"
     machine: str = "pc"
 
 
@@ -118,6 +121,11 @@ def of(config: GuestConfig, probe: Probe | None = None) -> Parts:
 
     ``probe``: the look at the host's KVM, begun for a CPU that may be it; None: it is not used.
     """
+    make_queue, of_core = core.queue(config.core), core.describe(config.core)
+    return replace(_machine_parts(config, probe), make_queue=make_queue, core=of_core)
+
+
+def _machine_parts(config: GuestConfig, probe: Probe | None) -> Parts:
     if config.cpu == "lguest":
         if config.machine == "pc":
             raise LguestError("--cpu=lguest runs lguest's own guests only; leave --machine=pc out, or --cpu=lguest")

@@ -78,6 +78,7 @@ def _live(config: GuestConfig, parts: Parts, log: Log, grace: float, claim: Clai
 def _describe(config: GuestConfig, parts: Parts, devices: list[Device], reboots: int, log: Log) -> None:
     log.say(f"guest {config.name}: {config.memory >> 20} MiB of memory, kernel {config.kernel}", Level.INFO)
     log.say(f"executed by {parts.engine}", Level.INFO)
+    log.say(f"core: {parts.core}", Level.INFO)
     if reboots:
         log.say(f"reboot {reboots}", Level.INFO)
     if config.initrd is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,10 @@ def room(kit: GuestKit, initrd: Path, tmp_path: Path) -> Room:
 
 def test_a_disk_loses_nothing_when_its_worker_dies(room: Room) -> None:
     disk(room, Plan(seed=1, times=40, deaths=QUICK))
+
+
+def test_a_disk_loses_nothing_when_its_worker_dies_that_is_all_in_python(room: Room) -> None:
+    disk(replace(room, launcher=[*room.launcher, "--core=python"]), Plan(seed=13, times=15))
 
 
 def test_a_disk_loses_nothing_when_its_worker_is_stopped(room: Room) -> None:

@@ -10,6 +10,8 @@ from typing import NoReturn
 import pytest
 from mockdriver import HANGS, DriverFactory, MockDriver
 
+from lguest_mp import core
+
 
 @pytest.fixture(autouse=True)
 def watchdog() -> Iterator[None]:
@@ -25,13 +27,21 @@ def watchdog() -> Iterator[None]:
     signal.signal(signal.SIGALRM, previous)
 
 
+@pytest.fixture(scope="session", params=["python", "compiled"])
+def of(request: pytest.FixtureRequest) -> str:
+    """Which core serves: each test that asks for it, or for a driver, is made for either."""
+    if request.param == "compiled" and (lacks := core.missing()):
+        pytest.skip(f"the compiled core {lacks}")
+    return str(request.param)
+
+
 @pytest.fixture
-def new_driver() -> Iterator[DriverFactory]:
+def new_driver(of: str) -> Iterator[DriverFactory]:
     """Makes drivers (as MockDriver does), and closes their eventfds after the test."""
     drivers: list[MockDriver] = []
 
     def new(*arguments: object, **keywords: object) -> MockDriver:
-        drivers.append(MockDriver(*arguments, **keywords))  # type: ignore[arg-type]
+        drivers.append(MockDriver(*arguments, **(keywords | {"of": of})))  # type: ignore[arg-type]
         return drivers[-1]
 
     yield new

@@ -2,7 +2,7 @@
 
 It does what a good driver does (``add``, ``notify``, ``wait``, ``used``), and it lets a test do what a bad one does:
 every field of the descriptor table and the rings can be written as one likes. A device is run on it with ``serve``,
-which lets the worker's loop go on until it would sleep.
+which lets the worker's loop go on until it would sleep. Which core serves it (``lguest_mp/core.py``) is the driver's.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from lguest_mp import core
 from lguest_mp.codemap import WriteWatch
 from lguest_mp.memory import GuestMemory
 from lguest_mp.virtio import fence
 from lguest_mp.virtio.device import Device, Feature, QueueLayout
 from lguest_mp.virtio.ledger import Ledger
-from lguest_mp.virtio.queue import Queue
+from lguest_mp.virtio.queue import Chain, Queue
+from lguest_mp.virtio.usual import Usual
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 #: A test that takes so many seconds hangs: a lost notification looks like that.
@@ -54,11 +56,28 @@ class Idle(Exception):
     """The device has nothing to do and would sleep now."""
 
 
+#: What a test may have replaced; the compiled core does not know of it.
+_HOST_CALLS = ("preadv", "pwritev", "fdatasync", "readv", "writev", "getrandom")
+_REAL = [getattr(os, name) for name in _HOST_CALLS]
+
+
 class IdlingQueue(Queue):
-    """A queue that says so instead of sleeping."""
+    """A queue that says so instead of sleeping.
+
+    Where a test plays the host (it has replaced a function of ``os``) each request is served by the device's own code.
+    """
 
     def _sleep(self, seconds: float | None = None) -> None:
         raise Idle
+
+    def waiter(self, requests: Usual) -> Callable[[], Chain]:
+        is_host = [getattr(os, name) for name in _HOST_CALLS] == _REAL
+        return super().waiter(requests) if is_host else self.wait
+
+
+def of_core(of: str, kind: type[Queue]) -> type[Queue]:
+    """The queues of one core, with what ``kind`` does otherwise than a Queue."""
+    return core.queue(of) if kind is Queue else type(kind.__name__, (kind, core.queue(of)), {})
 
 
 @dataclass
@@ -83,11 +102,18 @@ class MockDriver:
     """A driver of one queue of ``size``; its rings begin at ``base``, its buffers behind them."""
 
     def __init__(
-        self, size: int = 16, features: int = ALL, memory: GuestMemory | None = None, base: int = 0x1000
+        self,
+        size: int = 16,
+        features: int = ALL,
+        memory: GuestMemory | None = None,
+        base: int = 0x1000,
+        of: str = "python",
     ) -> None:
         self.memory = memory or GuestMemory(1 << 20)
         self.size = size
         self.features = features
+        #: Which core serves it.
+        self.core = of
         table = base
         available = table + 16 * size
         used = _align(available + 6 + 2 * size, 4)
@@ -263,23 +289,6 @@ class MockDriver:
         finally:
             queue._fence = full
 
-    @contextmanager
-    def on_read(self, reads: list[int], action: Callable[[], object]) -> Iterator[None]:
-        """When the device takes a notification, the driver does ``action``."""
-        read = os.read
-
-        def during(fd: int, length: int) -> bytes:
-            if fd == self.kicked:
-                reads.append(fd)
-                action()
-            return read(fd, length)
-
-        os.read = during
-        try:
-            yield
-        finally:
-            os.read = read
-
     # What it finds.
 
     @property
@@ -300,9 +309,26 @@ class MockDriver:
 
     # The device's side.
 
-    def queue(self, watch: WriteWatch | None = None, account: Ledger | None = None) -> IdlingQueue:
-        """A device's queue on these rings, which raises Idle instead of sleeping."""
-        return IdlingQueue(self.memory, self.layout, self.features, self.kicked, self.called, watch, account)
+    def queue(
+        self, watch: WriteWatch | None = None, account: Ledger | None = None, kind: type[Queue] = IdlingQueue
+    ) -> Queue:
+        """A device's queue on these rings, which raises Idle instead of sleeping; or one of another ``kind``."""
+        return of_core(self.core, kind)(
+            self.memory, self.layout, self.features, self.kicked, self.called, watch, account
+        )
+
+    def sleeping_queue(self, account: Ledger | None = None, on_kick: Callable[[], object] | None = None) -> Queue:
+        """The same as it is in a worker. When it takes a notification, the driver does ``on_kick``."""
+        if on_kick is None:
+            return self.queue(None, account, Queue)
+        act = on_kick
+
+        class Kicked(Queue):
+            def _take_kick(self) -> None:
+                act()
+                super()._take_kick()
+
+        return self.queue(None, account, Kicked)
 
     def serve(self, device: Device, queue_index: int = 0, queue: Queue | None = None) -> Context:
         """Lets a device's worker serve all that is available; what it said."""

@@ -8,6 +8,7 @@ import os
 import pty
 import signal
 import termios
+import threading
 import tty
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -284,22 +285,22 @@ class TestTransmitting:
         driver.serve(Console(output_fd=pipe[1]), TRANSMITQ)
         assert os.read(pipe[0], 4096) == text
 
-    def test_a_file_that_does_not_block_is_waited_for(
-        self, driver: MockDriver, pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_file_that_does_not_block_is_waited_for(self, driver: MockDriver, pipe: tuple[int, int]) -> None:
         """Nothing is lost where the pipe is full."""
         os.set_blocking(pipe[1], False)
         fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, 4096)
+        text = os.urandom(50_000)
         received = bytearray()
 
-        def drain(_fd: int) -> None:
-            received.extend(os.read(pipe[0], 4096))
+        def drain() -> None:
+            while len(received) < len(text):
+                received.extend(os.read(pipe[0], 1000))
 
-        monkeypatch.setattr(console, "_wait", drain)
-        text = os.urandom(50_000)
-        driver.add([text])
+        driver.add([text[:20_000], b"", text[20_000:]])
+        reader = threading.Thread(target=drain)
+        reader.start()
         driver.serve(Console(output_fd=pipe[1]), TRANSMITQ)
-        drain(0)
+        reader.join()
         assert received == text
 
     def test_waiting_ends_when_there_is_room(self, pipe: tuple[int, int]) -> None:
@@ -426,8 +427,7 @@ class TestTerminal:
                 os.write(says, text.encode())
 
         def worker() -> None:
-            queue = Queue(driver.memory, driver.layout, driver.features, driver.kicked, driver.called)
-            Console(input_fd=pipe[0]).serve(RECEIVEQ, queue, Loud())
+            Console(input_fd=pipe[0]).serve(RECEIVEQ, driver.sleeping_queue(), Loud())
 
         child = forked(worker)
         os.close(says)

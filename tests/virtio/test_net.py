@@ -259,7 +259,7 @@ def test_all_buffers_of_a_frame_are_published_at_once(new_driver: DriverFactory)
 
     for _ in range(50):
         driver.add(writable=[BUFFER])
-    queue = Watching(driver.memory, driver.layout, driver.features, driver.kicked, driver.called)
+    queue = driver.queue(kind=Watching)
     wire = FakeWire(arriving=[frame(), frame(40000), frame(), frame(20000)])
     driver.serve(Net("net0", wire, MAC), RECEIVEQ, queue)
     assert [step for step in steps if step] == [1 + 27, 1 + 14]
@@ -303,7 +303,7 @@ def test_an_interrupt_after_a_whole_ring_though_the_wire_never_rests(new_driver:
 
     for _ in range(64):
         driver.add(writable=[BUFFER])
-    queue = Refilled(driver.memory, driver.layout, driver.features, driver.kicked, driver.called)
+    queue = driver.queue(kind=Refilled)
     driver.set_used_event(63)
     driver.serve(Net("net0", FakeWire(arriving=[frame()] * 128), MAC), RECEIVEQ, queue)
     assert interrupts[:8] == [0, 0, 0, 1, 0, 0, 0, 0]
@@ -353,7 +353,7 @@ def test_a_driver_that_is_short_of_buffers_is_waited_for_once(new_driver: Driver
             waits.append(seconds)
 
     buffers = {buffer.head: buffer for buffer in (driver.add(writable=[100]) for _ in range(3))}
-    queue = Counting(driver.memory, driver.layout, driver.features, driver.kicked, driver.called)
+    queue = driver.queue(kind=Counting)
     wire = FakeWire(arriving=[*[frame(1000)] * 5, frame(60)])
     driver.serve(Net("net0", wire, MAC), RECEIVEQ, queue)
     assert len(waits) == 1
@@ -381,7 +381,7 @@ def test_a_frame_waits_for_the_buffers_that_it_needs(
 
     add()
     add()
-    queue = Late(driver.memory, driver.layout, driver.features, driver.kicked, driver.called)
+    queue = driver.queue(kind=Late)
     driver.serve(Net("net0", FakeWire(arriving=[frame(), frame(6000)]), MAC), RECEIVEQ, queue)
     assert [(count, len(content)) for count, content in received(driver, buffers)] == [(1, 72), (4, 6012)]
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from mockdriver import ALL, INDIRECT, NEXT, WRITE, Descriptor, DriverFactory, Idle, MockDriver
 
+from lguest_mp import core
 from lguest_mp.errors import DeviceProtocolError
 from lguest_mp.memory import GuestMemory
 from lguest_mp.virtio.device import Feature, QueueLayout
@@ -274,7 +275,7 @@ class TestNotifications:
         driver = new_driver(features=0)
         seen = []
 
-        queue = Queue(driver.memory, driver.layout, 0, driver.kicked, driver.called)
+        queue = driver.sleeping_queue()
         assert driver.used_flags == 1
         driver.kick()
         driver.add([b"x"])
@@ -292,7 +293,7 @@ class TestNotifications:
 
     def test_with_event_idx_we_name_the_entry_that_wakes_us(self, driver: MockDriver) -> None:
         """2.7.10.2: flags 0 always, avail_event the next entry."""
-        queue = Queue(driver.memory, driver.layout, ALL, driver.kicked, driver.called)
+        queue = driver.sleeping_queue()
         for _ in range(3):
             driver.add([b"x"])
             queue.push(queue.wait(), 0)
@@ -304,17 +305,16 @@ class TestNotifications:
     def test_what_comes_between_the_wish_and_the_sleep_is_found(self, new_driver: DriverFactory, features: int) -> None:
         """2.7.10: the driver did not notify, since it looked before it could see the wish."""
         driver = new_driver(features=features)
-        queue = Queue(driver.memory, driver.layout, features, driver.kicked, driver.called)
+        queue = driver.sleeping_queue()
         with driver.on_fence(queue, lambda: driver.add([b"late"])):
             assert bytes(queue.wait().readable[0]) == b"late"
 
     def test_spurious_notifications_are_handled(self, driver: MockDriver) -> None:
         """2.7.10.2: MUST."""
-        queue = Queue(driver.memory, driver.layout, ALL, driver.kicked, driver.called)
+        reads = []
+        queue = driver.sleeping_queue(on_kick=lambda: reads.append(driver.add([b"x"])))
         driver.kick()
-        reads: list[int] = []
-        with driver.on_read(reads, lambda: driver.add([b"x"])):
-            assert bytes(queue.wait().readable[0]) == b"x"
+        assert bytes(queue.wait().readable[0]) == b"x"
         assert reads
 
 
@@ -357,37 +357,37 @@ class TestLayout:
     """Where the driver may put the three parts (2.7, 2.7.1)."""
 
     @pytest.mark.parametrize("size", [0, 3, 24, 65536, 1 << 40, -16])
-    def test_the_size_is_a_power_of_two(self, size: int) -> None:
-        assert _layout_error(QueueLayout(size, 0x1000, 0x2000, 0x3000)) == "2.7"
+    def test_the_size_is_a_power_of_two(self, of: str, size: int) -> None:
+        assert _layout_error(of, QueueLayout(size, 0x1000, 0x2000, 0x3000)) == "2.7"
 
     @pytest.mark.parametrize("layout", [(0x1008, 0x2000, 0x3000), (0x1000, 0x2001, 0x3000), (0x1000, 0x2000, 0x3002)])
-    def test_parts_are_aligned(self, layout: tuple[int, int, int]) -> None:
-        assert _layout_error(QueueLayout(16, *layout)) == "2.7.1"
+    def test_parts_are_aligned(self, of: str, layout: tuple[int, int, int]) -> None:
+        assert _layout_error(of, QueueLayout(16, *layout)) == "2.7.1"
 
     @pytest.mark.parametrize("alignment_is_enough", [(0x1010, 0x2002, 0x3004)])
-    def test_and_no_more_than_that(self, alignment_is_enough: tuple[int, int, int]) -> None:
-        assert _layout_error(QueueLayout(16, *alignment_is_enough)) is None
+    def test_and_no_more_than_that(self, of: str, alignment_is_enough: tuple[int, int, int]) -> None:
+        assert _layout_error(of, QueueLayout(16, *alignment_is_enough)) is None
 
     @pytest.mark.parametrize("part", [0, 1, 2])
     @pytest.mark.parametrize("address", [MIB, MIB - 16, (1 << 64) - 16, 3 << 30, 1 << 63])
-    def test_parts_lie_in_memory(self, part: int, address: int) -> None:
+    def test_parts_lie_in_memory(self, of: str, part: int, address: int) -> None:
         places = [0x1000, 0x2000, 0x3000]
         places[part] = address
-        assert _layout_error(QueueLayout(16, *places)) == "2.7"
+        assert _layout_error(of, QueueLayout(16, *places)) == "2.7"
 
-    def test_up_to_the_last_byte(self) -> None:
-        assert _layout_error(QueueLayout(16, MIB - 256, 0x2000, 0x3000)) is None
-        assert _layout_error(QueueLayout(16, 0x1000, MIB - 38, 0x3000)) is None
-        assert _layout_error(QueueLayout(16, 0x1000, 0x2000, MIB - 136)) is None
-        assert _layout_error(QueueLayout(16, MIB - 240, 0x2000, 0x3000)) == "2.7"
-        assert _layout_error(QueueLayout(16, 0x1000, MIB - 36, 0x3000)) == "2.7"
-        assert _layout_error(QueueLayout(16, 0x1000, 0x2000, MIB - 132)) == "2.7"
+    def test_up_to_the_last_byte(self, of: str) -> None:
+        assert _layout_error(of, QueueLayout(16, MIB - 256, 0x2000, 0x3000)) is None
+        assert _layout_error(of, QueueLayout(16, 0x1000, MIB - 38, 0x3000)) is None
+        assert _layout_error(of, QueueLayout(16, 0x1000, 0x2000, MIB - 136)) is None
+        assert _layout_error(of, QueueLayout(16, MIB - 240, 0x2000, 0x3000)) == "2.7"
+        assert _layout_error(of, QueueLayout(16, 0x1000, MIB - 36, 0x3000)) == "2.7"
+        assert _layout_error(of, QueueLayout(16, 0x1000, 0x2000, MIB - 132)) == "2.7"
 
 
-def _layout_error(layout: QueueLayout) -> str | None:
+def _layout_error(of: str, layout: QueueLayout) -> str | None:
     kick, call = os.eventfd(0), os.eventfd(0)
     try:
-        Queue(GuestMemory(MIB), layout, ALL, kick, call)
+        core.queue(of)(GuestMemory(MIB), layout, ALL, kick, call)
     except DeviceProtocolError as error:
         return error.section
     finally:

@@ -140,16 +140,15 @@ class TestSuccession:
 
     def test_phases(self, driver: MockDriver, account: Ledger) -> None:
         seen: list[Phase] = []
-        queue = Queue(driver.memory, driver.layout, driver.features, driver.kicked, driver.called, None, account)
+        queue = driver.sleeping_queue(account, lambda: seen.append(account.account().phase))
         driver.add([], [1])
         os.eventfd_write(driver.kicked, 1)
-        with driver.on_read([], lambda: seen.append(account.account().phase)):
-            queue.push(queue.wait(), 1)
-            driver.add([], [1])
-            seen.append(account.account().phase)
-            os.eventfd_write(driver.kicked, 1)
-            queue.wait()
-            assert queue.wait_for(0) is None
+        queue.push(queue.wait(), 1)
+        driver.add([], [1])
+        seen.append(account.account().phase)
+        os.eventfd_write(driver.kicked, 1)
+        queue.wait()
+        assert queue.wait_for(0) is None
         queue.is_waiting(True)
         assert account.account().phase is Phase.WAITING
         queue.is_waiting(False)
@@ -163,8 +162,8 @@ class TestLyingDrivers:
     @given(
         used_index=st.integers(0, 0xFFFF), entries=st.lists(st.integers(0, (1 << 64) - 1), max_size=16), data=st.data()
     )
-    def test_whatever_is_in_the_rings(self, used_index: int, entries: list[int], data: st.DataObject) -> None:
-        driver, account = MockDriver(), Ledger()
+    def test_whatever_is_in_the_rings(self, of: str, used_index: int, entries: list[int], data: st.DataObject) -> None:
+        driver, account = MockDriver(of=of), Ledger()
         try:
             for _ in range(4):
                 driver.add([], [8])
@@ -186,9 +185,9 @@ class TestLyingDrivers:
             driver.close()
 
     @given(fields=st.lists(st.integers(0, (1 << 64) - 1), min_size=5, max_size=5))
-    def test_whatever_is_in_the_ledger(self, fields: list[int]) -> None:
+    def test_whatever_is_in_the_ledger(self, of: str, fields: list[int]) -> None:
         """A worker that is not itself any more can write what it likes there; its successor and the watch live on."""
-        driver, account = MockDriver(), Ledger()
+        driver, account = MockDriver(of=of), Ledger()
         try:
             for index, value in enumerate(fields):
                 account.fields[index] = value

@@ -16,7 +16,6 @@ import pytest
 from mockdriver import HANGS, DriverFactory, MockDriver
 
 from lguest_mp.virtio.device import Feature
-from lguest_mp.virtio.queue import Queue
 
 REQUESTS = 20_000
 #: After so many seconds without an interrupt it is lost.
@@ -29,7 +28,7 @@ def answer(number: int) -> int:
 
 def serve(driver: MockDriver) -> None:
     """A device that answers numbers."""
-    queue = Queue(driver.memory, driver.layout, driver.features, driver.kicked, driver.called)
+    queue = driver.sleeping_queue()
     while True:
         chain = queue.wait()
         (number,) = struct.unpack("<Q", chain.readable[0])

@@ -19,6 +19,8 @@ from guestkit.cache import locked
 from guestkit.packages import Packages
 from guestkit.progress import SetupError, step
 
+#: What pip compiles, where it can.
+_COMPILED = Path("lguest_mp", "_compiled.pyx")
 _CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
 
@@ -36,13 +38,16 @@ class Environment:
         self.python = self.directory / "bin" / "python"
 
     def prepare(self, extra: str = "") -> None:
-        """Makes it, or brings it up to date: the package with the dependencies of ``extra`` is in it afterwards."""
-        wanted = hashlib.sha256((self._checkout / "pyproject.toml").read_bytes()).hexdigest()
+        """Makes it, or brings it up to date: the package with the dependencies of ``extra`` is in it afterwards.
+
+        Shown is which core it has: where pip cannot compile one, it says so to nobody.
+        """
         stamp = self.directory / f"prepared-{extra}"
         with locked(self._shelf):
             # Whatever the extra, the plain package is in it.
             stamps = [stamp] if extra else self.directory.glob("prepared-*")
-            if self._works() and any(file.exists() and file.read_text() == wanted for file in stamps):
+            if self._works() and any(file.exists() and file.read_text() == self._state() for file in stamps):
+                self._show_core()
                 return
             if not self._works():
                 step(f"Making a virtual environment in {self.directory}")
@@ -50,7 +55,20 @@ class Environment:
             self._require_pip()
             step("Installing the package and what it needs")
             self._install(extra)
-            stamp.write_text(wanted)
+            stamp.write_text(self._state())
+            self._show_core()
+
+    def _state(self) -> str:
+        """What an installation depends on: other than that, it is the checkout itself."""
+        project, source = self._checkout / "pyproject.toml", self._checkout / _COMPILED
+        content = hashlib.sha256(project.read_bytes() + source.read_bytes()).hexdigest()
+        built = sorted(path.name for path in source.parent.glob(f"{source.stem}.*.so"))
+        return " ".join([content, str(source.stat().st_mtime_ns), *built])
+
+    def _show_core(self) -> None:
+        lguest = str(self.python.with_name("lguest"))
+        shown = subprocess.run([lguest, "--version"], capture_output=True, text=True, check=True)
+        step(f"The {shown.stdout.splitlines()[-1]}")
 
     def compile(self) -> None:
         """Has the package's bytecode written, as for whoever installs it; Python may have been told not to do so."""
