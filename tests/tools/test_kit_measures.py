@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from guestkit.compiler import compile_static
+from guestkit.compiler import compile_library, compile_static
 from guestkit.measures.bench import Row, interleaved
+from lguest_mp import core
+
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
 @pytest.mark.parametrize(
@@ -77,3 +82,18 @@ def test_the_load_on_a_disk_fails_where_a_request_does(disk_load: Path, disk: Pa
     failed = subprocess.run([disk_load, disk, "read", "sequential", "8192", "1", "1"], check=False, capture_output=True)
     assert failed.returncode == 1
     assert b"the disk's size" in failed.stderr
+
+
+def test_a_driver_in_c_is_served_by_each_device(tmp_path: Path) -> None:
+    """It checks each answer, and that it is woken up for each."""
+    if shutil.which("cc") is None:
+        pytest.skip("there is no C compiler")
+    library = tmp_path / "rig.so"
+    compile_library("queue-rig", library)
+    command = [sys.executable, "-m", "guestkit.queuerig", str(library), str(tmp_path / "disk.img"), "1", "300"]
+    environment = os.environ | {"PYTHONPATH": str(TOOLS)}
+    shown = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE).stdout
+    devices = {"C", "python"} | ({"compiled"} if core.is_compiled() else set())
+    for load, rounds in json.loads(shown).items():
+        assert [set(each) for each in rounds] == [devices], load
+        assert all(rate > 0 and time > 0 for rate, time in rounds[0].values()), load

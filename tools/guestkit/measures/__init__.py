@@ -15,12 +15,14 @@ from guestkit.measures.footprint import density, idle, memory
 from guestkit.measures.launch import boot, start
 from guestkit.measures.lguest import hypercalls
 from guestkit.measures.network import net
+from guestkit.measures.queue import queue
 from guestkit.measures.work import work
 
 MEASURES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "start": start,
     "boot": boot,
     "work": work,
+    "queue": queue,
     "disk": disk,
     "exits": exits,
     "net": net,
@@ -32,4 +34,4 @@ MEASURES: dict[str, Callable[[Bench], Iterator[Row]]] = {
 }
 
 #: Those of ours alone, for which there need be no QEMU.
-ALONE = frozenset({"start", "exits", "memory", "hypercalls", "crash"})
+ALONE = frozenset({"start", "queue", "exits", "memory", "hypercalls", "crash"})
