@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class DiskRequests(NamedTuple):
-    """Reads, writes and flushes of a disk of ``size`` bytes (``virtio/block.py``), which succeed.
+    """Reads and writes of a disk of ``size`` bytes (``virtio/block.py``), which succeed.
 
     The header and the status have a descriptor each. ``write_flags`` are pwritev2(2)'s.
     """
