@@ -180,7 +180,7 @@ class Session:
         found = {}
         for directory in Path("/proc").glob("[0-9]*"):
             try:
-                state, _, _, session = (directory / "stat").read_text().rpartition(")")[2].split()[:4]
+                state, _, _, session = (directory / "stat").read_text(errors="replace").rpartition(")")[2].split()[:4]
                 if int(session) == self.pid and state not in "ZX":
                     found[int(directory.name)] = _title(directory)
             except OSError:  # it has just ended
