@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 from pathlib import Path
 
 from guestkit.disk import MIB
 from guestkit.guest import Guest, Launch
 
-#: Fewer where a guest is slow.
-TIMES = int(os.environ.get("LGUEST_TEST_TIMES", "20"))
+TIMES = 20
 
 
 def device_of(guest: Guest, driver: str) -> str:

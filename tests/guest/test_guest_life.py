@@ -14,8 +14,7 @@ from guestkit.disk import MIB
 from guestkit.guest import Guest, Launch
 from guestkit.session import SessionError
 
-#: Fewer where a guest is slow.
-REBOOTS = int(os.environ.get("LGUEST_TEST_TIMES", "20"))
+REBOOTS = 10
 
 
 def assert_nothing_remains(guest: Guest) -> None:

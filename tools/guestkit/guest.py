@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from guestkit.session import PATIENCE, Session, SessionError
+from guestkit.session import PATIENCE, Session, SessionError, Terminal
 
 #: How much of what a guest has shown is told, in characters.
 _EXCERPT = 2000
@@ -23,7 +23,7 @@ class CommandFailed(AssertionError):
 class Agent:
     """The agent in a guest, spoken to through a session's terminal."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Terminal) -> None:
         self._session = session
         self._commands = itertools.count(1)
 
@@ -113,12 +113,17 @@ class Guest(Session):
 
         Helpers (``net0/slirp4netns``) are among them, without their arguments.
         """
-        pattern = re.compile(re.escape(f"lguest[{self.name}]") + r"(?: (\S+).*)?")
-        found = {}
-        for pid, title in self.processes().items():
-            if match := pattern.fullmatch(title):
-                found[match[1] or ""] = pid
-        return found
+        return by_what_they_serve(self.name, self.processes())
+
+
+def by_what_they_serve(name: str, processes: Mapping[int, str]) -> dict[str, int]:
+    """The processes of the guest ``name`` among all those with their titles; see :meth:`Guest.members`."""
+    pattern = re.compile(re.escape(f"lguest[{name}]") + r"(?: (\S+).*)?")
+    found = {}
+    for pid, title in processes.items():
+        if match := pattern.fullmatch(title.rstrip()):
+            found[match[1] or ""] = pid
+    return found
 
 
 class Launch(Protocol):

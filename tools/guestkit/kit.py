@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+from guestkit import nested
 from guestkit.initramfs import build_initramfs
 from guestkit.kernel import Kernel
 from guestkit.nested import Qemu, build_nested
@@ -51,9 +52,10 @@ class GuestKit:
         """QEMU, for machines with KVM where there is none."""
         return Qemu(self._packages)
 
-    def nested_initramfs(self, checkout: Path) -> bytes:
-        """The initramfs of such a machine, with the checkout in it."""
-        return build_nested(self.initramfs("agent", ["kvm_amd"]), self.kernel, self.busybox, checkout)
+    def nested_initramfs(self, package: Path) -> bytes:
+        """The initramfs of such a machine, with the launcher's package in it, and a guest."""
+        machine, guest = self.initramfs("agent", nested.MODULES), self.initramfs("agent", nested.GUEST_MODULES)
+        return build_nested(machine, self.kernel, guest, package)
 
     def initramfs(self, script: str, further_modules: Sequence[str] = ()) -> bytes:
         """An initramfs whose first process is ``init/<script>.sh``."""
@@ -61,5 +63,5 @@ class GuestKit:
 
     def fetch(self) -> None:
         """Fetches all of it now."""
-        for part in (self.kernel, self.busybox, self.sysroot, self.slirp.directory):
+        for part in (self.kernel, self.busybox, self.sysroot, self.slirp.directory, self.qemu.command):
             assert part

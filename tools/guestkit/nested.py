@@ -1,8 +1,10 @@
 """A machine with KVM, on any host: QEMU's translator is a processor of AMD's with virtualization, and a stock kernel
 with ``kvm_amd`` runs on it. So KVM, the real one, can be tested where there is none. In it, everything is slow.
 
-Its initramfs has the agent (``init/agent.sh``), the Python that runs here with its libraries, what the tests need of
-this Python's packages, the checkout, and of the cache what guests are made of: tests run in it as they do here.
+Its initramfs has the agent (``init/agent.sh``), the Python that runs here with its libraries, the launcher and what it
+needs of this Python's packages, and a kernel and an initramfs for guests. Nothing but the launcher runs in it: who
+drives the tests stays outside, and has two lines to it. On the machine's console is the machine's agent, and its
+second serial port is the guest's terminal.
 """
 
 from __future__ import annotations
@@ -11,36 +13,43 @@ import importlib.metadata
 import importlib.util
 import marshal
 import re
+import secrets
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 from guestkit.cpio import CpioArchive
-from guestkit.guest import Agent
+from guestkit.guest import Agent, by_what_they_serve
 from guestkit.kernel import Kernel
 from guestkit.packages import Packages
 from guestkit.progress import SetupError
-from guestkit.session import Session
+from guestkit.session import PATIENCE, Session, SessionError, Terminal
 
-#: Of the standard library: what nothing here imports, and much of it.
+#: Of the standard library: what nothing here imports, and much of it; and what brings libraries of its own.
 _UNUSED = frozenset(
-    "site-packages __pycache__ test tests idlelib lib2to3 tkinter turtledemo ensurepip pydoc_data distutils".split()  # noqa: SIM905
+    "site-packages __pycache__ test tests idlelib lib2to3 tkinter turtledemo ensurepip pydoc_data distutils asyncio "  # noqa: SIM905
+    "unittest sqlite3 xml xmlrpc wsgiref".split()
 )
-#: Of this Python's packages: what the launcher on KVM needs, and what its tests do.
-_PACKAGES = (
-    *("pyelftools", "psutil", "setproctitle", "lz4"),
-    *("pytest", "pluggy", "iniconfig", "packaging", "pygments", "hypothesis", "sortedcontainers"),
-)
-_CHECKOUT = ("lguest_mp", "tests", "tools", "pyproject.toml")
-_MODULES = ("virtio_pci", "virtio_console", "virtio_blk", "virtio_rng", "virtio_net", "pvpanic_mmio")
+_UNUSED_EXTENSION = re.compile(r"_tkinter|_sqlite3|_curses|_dbm|_gdbm|_test|_xxtest|_ctypes_test|xx|readline|nis")
+#: Of this Python's packages: what the launcher on KVM needs.
+_PACKAGES = ("pyelftools", "psutil", "setproctitle", "lz4")
+#: What the machine loads when it is asked to, and what the guests do.
+MODULES = ("kvm_amd", "tun")
+GUEST_MODULES = ("virtio_net",)
 _LOADER = "ld-linux-x86-64.so.2"
 _SHARED = re.compile(r"\.so(\.\d+)*$")
 
-_ENVIRONMENT = "PYTHONHOME=/usr PYTHONPATH=/site LD_LIBRARY_PATH=/lib LGUEST_CACHE=/cache"
+_PYTHON = "PYTHONHOME=/usr PYTHONPATH=/site:/lguest LD_LIBRARY_PATH=/lib python3"
+_KERNEL, _INITRD = "/guest/vmlinuz", "/guest/initrd.img"
+#: The guest's terminal, in the machine.
+_TERMINAL = "/dev/ttyS1"
 
 
 class Qemu:
@@ -73,38 +82,118 @@ class Qemu:
 
 
 class NestedMachine(Session):
-    """A running machine with KVM; commands are given to its agent."""
+    """A running machine with KVM. Its agent does what it is told; :meth:`launch` starts a guest in it."""
 
-    def __init__(self, qemu: Qemu, kernel: Kernel, initrd: Path, cpus: int = 2, memory: int = 2048) -> None:
+    def __init__(self, qemu: Qemu, kernel: Kernel, initrd: Path, cpus: int = 2, memory: int = 1536) -> None:
         """``initrd``: what :func:`build_nested` makes; ``memory`` in MiB."""
+        #: The guest's terminal, from outside.
+        self.line, theirs = socket.socketpair()
+        theirs.set_inheritable(True)
         command = [*qemu.command, "-accel", "tcg,thread=multi", "-M", "pc", "-cpu", "qemu64,+svm,+npt,+x2apic"]
         command += ["-m", str(memory), "-smp", str(cpus), "-nodefaults", "-no-reboot", "-display", "none"]
-        command += ["-serial", "stdio", "-kernel", str(kernel.image), "-initrd", str(initrd)]
+        command += ["-chardev", f"socket,id=guest,fd={theirs.fileno()}", "-serial", "stdio", "-serial", "chardev:guest"]
+        command += ["-kernel", str(kernel.image), "-initrd", str(initrd)]
         command += ["-append", "console=ttyS0 quiet agent=ttyS0 load=none mitigations=off panic=-1"]
         super().__init__(command, variables=qemu.variables, columns=200)
+        theirs.close()
         self.agent = Agent(self)
 
     def boot(self) -> None:
-        """Waits until it is there, and has its KVM loaded."""
+        """Waits until it is there, and has KVM, taps, and KVM's statistics."""
         self.agent.wait_until_ready("ttyS0")
-        self.agent.run("modprobe kvm_amd && ls /dev/kvm && ifconfig lo up")
+        self.run(f"modprobe -a {' '.join(MODULES)} && ls /dev/kvm && ifconfig lo up")
+        self.run("mount -t debugfs debugfs /sys/kernel/debug")
 
-    def python(self, *arguments: str, variables: str = "", seconds: float) -> str:
-        """Runs Python in the checkout; what it printed."""
-        command = f"cd /lguest && {_ENVIRONMENT} {variables} python3 {' '.join(arguments)} 2>&1"
+    def run(self, command: str, seconds: float = PATIENCE) -> str:
+        """Runs a shell command in it (not in the guest); its output."""
         return self.agent.run(command, seconds)
 
+    def launch(self, *options: str, arguments: str = "quiet") -> NestedGuest:
+        """Starts the launcher; one at a time."""
+        return NestedGuest(self, options, arguments)
 
-def build_nested(initramfs: bytes, kernel: Kernel, busybox: Path, checkout: Path) -> bytes:
-    """The machine's initramfs; ``initramfs`` is one with the agent and the module kvm_amd."""
+    def close(self) -> None:
+        """Ends it, and the guest with it."""
+        super().close()
+        self.line.close()
+
+
+class NestedGuest(Terminal):
+    """A guest of ours in such a machine: its terminal. It is launched with these options, and 256 MiB."""
+
+    def __init__(self, machine: NestedMachine, options: tuple[str, ...], arguments: str) -> None:
+        super().__init__(machine.line.fileno())
+        self._machine = machine
+        self._name = f"guest-{secrets.token_hex(4)}"
+        self.agent = Agent(self)
+        words = (f"--name={self._name}", *options, f"--initrd={_INITRD}", "256", _KERNEL, arguments)
+        launcher = f"{_PYTHON} -m lguest_mp {' '.join(words)}"
+        # The shell leads a session with that terminal; the last word of it lets the terminal's output out.
+        machine.run(
+            f"setsid sh -c 'exec <>{_TERMINAL} >&0 2>&1; stty rows 30 columns 100; {launcher}; "
+            'echo "launcher: $?"; stty sane\' &'
+        )
+
+    def boot(self) -> None:
+        """Waits until its agent is ready."""
+        self.agent.wait_until_ready()
+
+    def run(self, command: str, seconds: float = PATIENCE) -> str:
+        """Runs a shell command in the guest; its output."""
+        return self.agent.run(command, seconds)
+
+    def members(self) -> dict[str, int]:
+        """Who serves what, by process IDs of the machine's; see :meth:`guestkit.guest.Guest.members`."""
+        listed = self._machine.run("ps -o pid,args")
+        # What stands in braces is a process's short name, where it is another.
+        processes = re.findall(r"^ *(\d+) (?:\{.*?\} )?(.*)$", listed, re.MULTILINE)
+        return by_what_they_serve(self._name, {int(pid): title for pid, title in processes})
+
+    def kill(self, member: str, number: signal.Signals) -> None:
+        """Sends a signal to who serves that."""
+        self._machine.run(f"kill -{number.value} {self.members()[member]}")
+
+    def count(self, name: str) -> int:
+        """How often something happened so far on all its processors, as KVM counts it."""
+        return int(self._machine.run(f"cat /sys/kernel/debug/kvm/{self.members()['cpu']}-*/{name}"))
+
+    def exit_status(self) -> int | None:
+        """How its launcher ended, as a shell says it; None: it still runs."""
+        match = re.search(rb"^launcher: (\d+)\r*\n", self._output, re.MULTILINE)
+        return int(match[1]) if match else None
+
+    def has_ended(self) -> bool:
+        """Whether its launcher has, or the machine."""
+        return self.exit_status() is not None or self._machine.has_ended()
+
+    def wait(self, seconds: float = PATIENCE) -> int:
+        """Waits until the launcher has ended and nothing is left of it; its exit status, as a shell says it."""
+        deadline = time.monotonic() + seconds
+        while (status := self.exit_status()) is None:
+            if not self._read(deadline):
+                raise SessionError(f"it did not end within {seconds:g} s; it showed:\n{self.ending()}")
+        if left := self.members():
+            raise SessionError(f"it ended and left {left}")
+        return status
+
+    def power_off(self) -> None:
+        """Has the guest switch itself off, and checks that the launcher ends well."""
+        self.agent.start("poweroff -f")
+        if (status := self.wait()) != 0:
+            raise SessionError(f"exit status {status} after power-off:\n{self.ending()}")
+
+
+def build_nested(initramfs: bytes, kernel: Kernel, guests_initramfs: bytes, package: Path) -> bytes:
+    """The machine's initramfs: ``initramfs``, which has the agent and ``MODULES``, the ``package``, and a guest."""
     archive = CpioArchive()
     libraries: dict[str, Path] = {}
     _add_python(archive, libraries)
-    for package in _PACKAGES:
-        _add_package(archive, package, libraries)
-    for name in _CHECKOUT:
-        _add_tree(archive, checkout / name, f"lguest/{name}", libraries)
-    _add_cache(archive, kernel, busybox)
+    for name in _PACKAGES:
+        _add_package(archive, name, libraries)
+    for path in _files(package, frozenset({"__pycache__"})):
+        _add_file(archive, path, f"lguest/{package.name}/{path.relative_to(package)}", libraries)
+    archive.file(_KERNEL.lstrip("/"), kernel.image.read_bytes())
+    archive.file(_INITRD.lstrip("/"), guests_initramfs)
     for name, path in libraries.items():
         archive.file(f"lib/{name}" if name != _LOADER else f"lib64/{name}", path.read_bytes(), 0o755)
     return initramfs + archive.finish()
@@ -120,7 +209,7 @@ def _add_python(archive: CpioArchive, libraries: dict[str, Path]) -> None:
         relative = path.relative_to(stdlib)
         if path.suffix == ".py":  # compiled only
             archive.file(f"{target}/{relative.with_suffix('.pyc')}", _compiled(path))
-        elif _SHARED.search(path.name) and "config-" not in str(relative):
+        elif _SHARED.search(path.name) and not _UNUSED_EXTENSION.match(path.name):
             archive.file(f"{target}/{relative}", path.read_bytes(), 0o755)
             libraries.update(_needed(path))
 
@@ -136,14 +225,6 @@ def _add_package(archive: CpioArchive, name: str, libraries: dict[str, Path]) ->
             _add_file(archive, Path(str(package.locate_file(file))), f"site/{file}", libraries)
 
 
-def _add_tree(archive: CpioArchive, root: Path, target: str, libraries: dict[str, Path]) -> None:
-    if root.is_file():
-        archive.file(target, root.read_bytes())
-        return
-    for path in _files(root, frozenset({"__pycache__"})):
-        _add_file(archive, path, f"{target}/{path.relative_to(root)}", libraries)
-
-
 def _add_file(archive: CpioArchive, path: Path, target: str, libraries: dict[str, Path]) -> None:
     """A file of a package: with what it is compiled to, or with the libraries that it needs."""
     archive.file(target, path.read_bytes(), 0o755)
@@ -153,16 +234,6 @@ def _add_file(archive: CpioArchive, path: Path, target: str, libraries: dict[str
         archive.file(str(place.parent / "__pycache__" / f"{place.stem}.{tag}.pyc"), _compiled(path))
     elif _SHARED.search(path.name):
         libraries.update(_needed(path))
-
-
-def _add_cache(archive: CpioArchive, kernel: Kernel, busybox: Path) -> None:
-    """The cache's kernel, with the modules that guests load, and its busybox."""
-    archive.file(f"cache/packages/kernel/boot/{kernel.image.name}", kernel.image.read_bytes())
-    modules = f"cache/packages/kernel/lib/modules/{kernel.version}"
-    for module in kernel.modules(_MODULES):
-        archive.file(f"{modules}/{module.name}.ko", module.data)
-    archive.file(f"{modules}/modules.builtin", b"\n")
-    archive.file("cache/packages/busybox/bin/busybox", busybox.read_bytes(), 0o755)
 
 
 def _files(root: Path, without: frozenset[str]) -> Iterator[Path]:

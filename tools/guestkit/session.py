@@ -41,69 +41,28 @@ class SessionError(AssertionError):
     """The program did not do what was waited for; the text shows the end of its output."""
 
 
-class Session:
-    """A running program and its terminal of ``columns`` by ``rows``."""
+class Terminal:
+    """What somebody shows, from the side of the person in front of it; and what is typed."""
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        *,
-        variables: Mapping[str, str] | None = None,
-        columns: int = 100,
-        rows: int = 30,
-        errors: Path | None = None,
-    ) -> None:
-        """Starts it; standard error is the terminal, too, unless there is a file for ``errors``."""
-        self.started = time.monotonic()
-        self._errors = errors
-        self._terminal, slave = os.openpty()
-        self.resize(columns, rows)
-        #: The terminal's settings before the program began.
-        self.settings = termios.tcgetattr(slave)
-        name = os.ttyname(slave)
-        # The session comes before the files, so that opening the terminal makes it the controlling one.
-        self.pid = os.posix_spawn(
-            command[0],
-            list(command),
-            {**os.environ, **(variables or {})},
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, name, os.O_RDWR, 0),
-                (os.POSIX_SPAWN_DUP2, 0, 1),
-                (os.POSIX_SPAWN_DUP2, 0, 2)
-                if errors is None
-                else (os.POSIX_SPAWN_OPEN, 2, errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
-            ],
-            setsid=True,
-        )
-        # The slave stays open here, so that its settings can be looked at after the program has ended.
-        self._slave = slave
+    def __init__(self, file: int) -> None:
+        """``file``: its other side, a pseudo-terminal's or a socket; closed by whoever gave it."""
+        self._terminal = file
         self._output = bytearray()
         self._seen = 0
-        self._status: int | None = None
-        os.set_blocking(self._terminal, False)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        os.set_blocking(file, False)
 
     @property
     def output(self) -> str:
         """All that it has shown so far, line ends as in Python."""
         return as_text(self._output)
 
-    @property
-    def errors(self) -> str:
-        """All that it has said on standard error so far, if that is a file of its own."""
-        return "" if self._errors is None else self._errors.read_text(errors="replace")
-
     def ending(self) -> str:
         """The end of what it has shown and said, for a person who wonders why."""
-        said = f"\nIt said:\n{self.errors[-4000:]}" if self._errors is not None else ""
-        return self.output[-4000:] + said
+        return self.output[-4000:]
+
+    def has_ended(self) -> bool:
+        """Whether nothing will be shown any more."""
+        return False
 
     def type(self, text: str) -> None:
         """Types ``text``; a terminal takes about 4000 bytes that nobody reads."""
@@ -133,14 +92,96 @@ class Session:
                 return Found(as_text(self._output[start : match.start()]), groups)
             looked = max(looked, len(self._output) - _LONGEST_MATCH)
             if not self._read(deadline):
-                why = "it ended" if self.exit_status() is not None else f"{seconds:g} s passed"
+                why = "it ended" if self.has_ended() else f"{seconds:g} s passed"
                 raise SessionError(f"{why} before {pattern!r} appeared; it showed:\n{self.ending()}")
 
     def read_for(self, seconds: float) -> None:
         """Reads what it shows for so long; a program whose terminal nobody reads stops at some point."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and (self._read(deadline) or self.exit_status() is None):
+        while time.monotonic() < deadline and (self._read(deadline) or not self.has_ended()):
             pass
+
+    def _read(self, deadline: float) -> bool:
+        """Reads what is there, waiting for it until ``deadline``; False: nothing came."""
+        while True:
+            try:
+                data = os.read(self._terminal, 65536)
+            except BlockingIOError:
+                data = b""
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                data = b""
+            if data:
+                self._output += data
+                return True
+            left = deadline - time.monotonic()
+            if left <= 0 or self.has_ended():
+                return False
+            # The end of the program is no event of the terminal, as its other side stays open here.
+            select.select([self._terminal], [], [], min(left, 0.1))
+
+
+class Session(Terminal):
+    """A running program and its terminal of ``columns`` by ``rows``."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        variables: Mapping[str, str] | None = None,
+        columns: int = 100,
+        rows: int = 30,
+        errors: Path | None = None,
+    ) -> None:
+        """Starts it; standard error is the terminal, too, unless there is a file for ``errors``."""
+        self.started = time.monotonic()
+        self._errors = errors
+        terminal, slave = os.openpty()
+        super().__init__(terminal)
+        self.resize(columns, rows)
+        #: The terminal's settings before the program began.
+        self.settings = termios.tcgetattr(slave)
+        name = os.ttyname(slave)
+        # The session comes before the files, so that opening the terminal makes it the controlling one.
+        self.pid = os.posix_spawn(
+            command[0],
+            list(command),
+            {**os.environ, **(variables or {})},
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, name, os.O_RDWR, 0),
+                (os.POSIX_SPAWN_DUP2, 0, 1),
+                (os.POSIX_SPAWN_DUP2, 0, 2)
+                if errors is None
+                else (os.POSIX_SPAWN_OPEN, 2, errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+            ],
+            setsid=True,
+        )
+        # The slave stays open here, so that its settings can be looked at after the program has ended.
+        self._slave = slave
+        self._status: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def errors(self) -> str:
+        """All that it has said on standard error so far, if that is a file of its own."""
+        return "" if self._errors is None else self._errors.read_text(errors="replace")
+
+    def ending(self) -> str:
+        """See Terminal; with what it said elsewhere."""
+        said = f"\nIt said:\n{self.errors[-4000:]}" if self._errors is not None else ""
+        return self.output[-4000:] + said
+
+    def has_ended(self) -> bool:
+        """Whether the program has."""
+        return self.exit_status() is not None
 
     def exit_status(self) -> int | None:
         """How it ended (negative: by that signal), or None when it still runs."""
@@ -211,26 +252,6 @@ class Session:
         os.close(self._terminal)
         os.close(self._slave)
         self._terminal = self._slave = -1
-
-    def _read(self, deadline: float) -> bool:
-        """Reads what is there, waiting for it until ``deadline``; False: nothing came."""
-        while True:
-            try:
-                data = os.read(self._terminal, 65536)
-            except BlockingIOError:
-                data = b""
-            except OSError as error:
-                if error.errno != errno.EIO:
-                    raise
-                data = b""
-            if data:
-                self._output += data
-                return True
-            left = deadline - time.monotonic()
-            if left <= 0 or self.exit_status() is not None:
-                return False
-            # The end of the program is no event of the terminal, as its other side stays open here.
-            select.select([self._terminal], [], [], min(left, 0.1))
 
 
 def as_text(output: bytes | bytearray) -> str:
