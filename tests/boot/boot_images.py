@@ -127,7 +127,7 @@ _XZ_FILTERS = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 1}]
 #: What the kernel's build can make of a vmlinux (scripts/Makefile.lib), each with its trailer; a name's first word is
 #: the compression's.
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
-    "gzip": lambda data: gzip.compress(data, 1),
+    "gzip": lambda data: gzip.compress(data, 1, mtime=0),
     "bzip2": lambda data: _sized(bz2.compress(data, 1), data),
     "LZMA": lambda data: _sized(lzma.compress(data, lzma.FORMAT_ALONE, preset=1), data),
     "xz": lambda data: _sized(lzma.compress(data, lzma.FORMAT_XZ, lzma.CHECK_CRC32, filters=_XZ_FILTERS), data),

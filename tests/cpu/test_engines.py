@@ -279,7 +279,7 @@ def test_kicks_change_nothing(rig: Rig, assemble: Assemble) -> None:
     """However often a thread asks for attention, each instruction is executed once."""
     source = """
         mov rbx, DATA
-        mov ecx, 30000
+        mov ecx, 10000
     1:  add qword ptr [rbx], 1
         out 0x21, al
         dec ecx
@@ -301,5 +301,5 @@ def test_kicks_change_nothing(rig: Rig, assemble: Assemble) -> None:
     finally:
         stop.set()
         thread.join()
-    assert struct.unpack("<Q", rig.memory.read(DATA, 8)) == (30000,)
-    assert len(rig.platform.outputs) == 30000
+    assert struct.unpack("<Q", rig.memory.read(DATA, 8)) == (10000,)
+    assert len(rig.platform.outputs) == 10000
