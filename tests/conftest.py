@@ -16,6 +16,11 @@ settings.register_profile("lguest", deadline=None)
 settings.load_profile("lguest")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with what takes longest, so that nobody has to wait for it at the end."""
+    items.sort(key=lambda item: item.path.parent.name != "nested")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_ignored_signals() -> None:
     """Has children start with signals as a shell's foreground has them, wherever the tests run.
