@@ -30,7 +30,7 @@ from guestkit.guest import Agent, by_what_they_serve
 from guestkit.kernel import Kernel
 from guestkit.packages import Packages
 from guestkit.progress import SetupError
-from guestkit.session import PATIENCE, Session, SessionError, Terminal
+from guestkit.session import PATIENCE, Found, Session, SessionError, Terminal
 
 #: Of the standard library: what nothing here imports, and much of it; and what brings libraries of its own.
 _UNUSED = frozenset(
@@ -39,7 +39,7 @@ _UNUSED = frozenset(
 )
 _UNUSED_EXTENSION = re.compile(r"_tkinter|_sqlite3|_curses|_dbm|_gdbm|_test|_xxtest|_ctypes_test|xx|readline|nis")
 #: Of this Python's packages: what the launcher on KVM needs.
-_PACKAGES = ("pyelftools", "psutil", "setproctitle", "lz4")
+_PACKAGES = ("pyelftools", "psutil", "setproctitle", "lz4", "zstandard")
 #: What the machine loads when it is asked to, and what the guests do.
 MODULES = ("kvm_amd", "tun")
 GUEST_MODULES = ("virtio_net",)
@@ -47,6 +47,10 @@ _LOADER = "ld-linux-x86-64.so.2"
 _SHARED = re.compile(r"\.so(\.\d+)*$")
 
 _PYTHON = "PYTHONHOME=/usr PYTHONPATH=/site:/lguest LD_LIBRARY_PATH=/lib python3"
+#: QEMU marks a processor's virtual interrupt in the word in which another thread marks a real one, and does so by plain
+#: loads and stores (helper_vmrun and do_vmexit in 7.2's svm_helper.c): a real one may be lost. If it was a timer's,
+#: which is set anew each time, no other comes. One that ticks brings the next, and with it the rest.
+_TICKS = "nohz=off highres=off"
 _KERNEL, _INITRD = "/guest/vmlinuz", "/guest/initrd.img"
 #: The guest's terminal, in the machine.
 _TERMINAL = "/dev/ttyS1"
@@ -81,6 +85,10 @@ class Qemu:
         return [str(loader), "--library-path", libraries, str(tree / "usr/bin/qemu-system-x86_64"), *data]
 
 
+class MachineHung(SessionError):
+    """The machine does nothing any more, kernel and all, which none of its processes could bring about."""
+
+
 class NestedMachine(Session):
     """A running machine with KVM. Its agent does what it is told; :meth:`launch` starts a guest in it."""
 
@@ -93,10 +101,15 @@ class NestedMachine(Session):
         command += ["-m", str(memory), "-smp", str(cpus), "-nodefaults", "-no-reboot", "-display", "none"]
         command += ["-chardev", f"socket,id=guest,fd={theirs.fileno()}", "-serial", "stdio", "-serial", "chardev:guest"]
         command += ["-kernel", str(kernel.image), "-initrd", str(initrd)]
-        command += ["-append", "console=ttyS0 quiet agent=ttyS0 load=none mitigations=off panic=-1"]
+        command += [
+            "-append",
+            "console=ttyS0 quiet agent=ttyS0 load=none mitigations=off panic=-1 nohz=off highres=off",
+        ]
         super().__init__(command, variables=qemu.variables, columns=200)
         theirs.close()
         self.agent = Agent(self)
+        #: Whether it has been found to be.
+        self.is_hung = False
 
     def boot(self) -> None:
         """Waits until it is there, and has KVM, taps, and KVM's statistics."""
@@ -106,7 +119,11 @@ class NestedMachine(Session):
 
     def run(self, command: str, seconds: float = PATIENCE) -> str:
         """Runs a shell command in it (not in the guest); its output."""
-        return self.agent.run(command, seconds)
+        try:
+            return self.agent.run(command, seconds)
+        except SessionError as error:
+            self.is_hung = True
+            raise MachineHung(str(error)) from None
 
     def launch(self, *options: str, arguments: str = "quiet") -> NestedGuest:
         """Starts the launcher; one at a time."""
@@ -131,8 +148,16 @@ class NestedGuest(Terminal):
         # The shell leads a session with that terminal; the last word of it lets the terminal's output out.
         machine.run(
             f"setsid sh -c 'exec <>{_TERMINAL} >&0 2>&1; stty rows 30 columns 100; {launcher}; "
-            'echo "launcher: $?"; stty sane\' &'
+            r"""printf "\nlauncher: %s\n" $?; stty sane' &"""
         )
+
+    def wait_for(self, pattern: str, seconds: float = PATIENCE) -> Found:
+        """See Terminal. MachineHung, if that is why it does not appear."""
+        try:
+            return super().wait_for(pattern, seconds)
+        except SessionError:
+            self._machine.run("true")
+            raise
 
     def boot(self) -> None:
         """Waits until its agent is ready."""
@@ -171,6 +196,7 @@ class NestedGuest(Terminal):
         deadline = time.monotonic() + seconds
         while (status := self.exit_status()) is None:
             if not self._read(deadline):
+                self._machine.run("true")
                 raise SessionError(f"it did not end within {seconds:g} s; it showed:\n{self.ending()}")
         if left := self.members():
             raise SessionError(f"it ended and left {left}")
