@@ -69,9 +69,9 @@ class Machine:
         return guest
 
     def guest(self, cpus: int) -> NestedGuest:
-        """A booted guest with all devices, the same as before if it still runs."""
+        """A booted guest with all devices, the same as before if it still does what it is told."""
         self.running()
-        if self._guest is None or self._guest.has_ended() or self._cpus != cpus:
+        if self._guest is None or self._cpus != cpus or not self._guest.is_idle():
             boot_with_network(self.launch(cpus, *DEVICES))
             self._cpus = cpus
         assert self._guest is not None

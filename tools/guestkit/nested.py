@@ -113,7 +113,11 @@ class NestedMachine(Session):
 
     def boot(self) -> None:
         """Waits until it is there, and has KVM, taps, and KVM's statistics."""
-        self.agent.wait_until_ready("ttyS0")
+        try:
+            self.agent.wait_until_ready("ttyS0")
+        except SessionError as error:
+            self.is_hung = True
+            raise MachineHung(str(error)) from None
         self.run(f"modprobe -a {' '.join(MODULES)} && ls /dev/kvm && ifconfig lo up")
         self.run("mount -t debugfs debugfs /sys/kernel/debug")
 
@@ -166,6 +170,18 @@ class NestedGuest(Terminal):
     def run(self, command: str, seconds: float = PATIENCE) -> str:
         """Runs a shell command in the guest; its output."""
         return self.agent.run(command, seconds)
+
+    def is_idle(self) -> bool:
+        """Whether it runs, and is not busy with what somebody began and did not finish."""
+        if self.has_ended():
+            return False
+        try:
+            self.run("true", seconds=30)
+        except SessionError:
+            if self._machine.is_hung:
+                raise
+            return False
+        return True
 
     def members(self) -> dict[str, int]:
         """Who serves what, by process IDs of the machine's; see :meth:`guestkit.guest.Guest.members`."""
