@@ -67,7 +67,10 @@ class DeviceStatus(IntFlag):
 
 @dataclass(frozen=True)
 class QueueLayout:
-    """Where the driver put a split virtqueue: ``size`` descriptors, and three guest-physical addresses."""
+    """Where the driver put a split virtqueue: ``size`` descriptors, and three guest-physical addresses.
+
+    Of a packed one these are descriptor ring, driver event suppression and device event suppression.
+    """
 
     size: int
     descriptor_table: int

@@ -7,10 +7,12 @@ anything is forked; a worker inherits its own queue's and no other's, and the gu
 
 Whoever writes a field does so by one store, and each field is true by itself at any moment. All are 64 bits wide:
 
-- :data:`PROGRESS` is what a successor goes by. In it, from the low end: 16 bits, the index of the used ring up to
+- :data:`PROGRESS` is what a successor goes by. In it, from the low end: 16 bits, the position in the ring up to
   which buffers are completed, perhaps not published (see ``Queue.push``); 16 bits, 1 where that says anything at all;
   20 bits, how much the worker has taken from the host into the next buffers without having completed them (a frame,
   typed characters), 0 for nothing; 12 bits, a number of the device's own that goes with it.
+- :data:`PUBLISHED` says up to where buffers are published, for a packed ring, which does not say so itself; how many
+  bytes were written into those that are only completed, and more of them, stands in ``completions`` (``packed.py``).
 - :data:`PHASE`, :data:`REQUESTS`, :data:`BYTES`, :data:`MOMENT` are for whoever watches. They count for the life of the
   guest, whoever serves the queue.
 
@@ -35,9 +37,11 @@ REQUESTS = 2
 BYTES = 3
 #: When it last published some (nanoseconds of CLOCK_MONOTONIC), 0: never.
 MOMENT = 4
-_FIELDS = 5
+#: Up to where a packed ring's buffers are published, a position.
+PUBLISHED = 5
+_FIELDS = 6
 
-#: Of PROGRESS: the index below says something.
+#: Of PROGRESS: the position below says something.
 VALID = 1 << 16
 _COUNTS_LIMIT = 1 << 63
 TAKEN_SHIFT = 32
@@ -47,6 +51,11 @@ MARK_LIMIT = 1 << 12
 
 #: Room for the longest frame, and more; costs nothing before it is used.
 SCRATCH = 128 << 10
+#: Where the completions begin: behind the fields, so that those of an ordinary queue are in the same page.
+_COMPLETIONS = 64
+#: As many as the largest queue has descriptors, 64 bits each; what is not used costs nothing.
+MAX_COMPLETIONS = 32768
+_SIZE = -(-(_COMPLETIONS + 8 * MAX_COMPLETIONS) // PAGE_SIZE) * PAGE_SIZE
 
 
 class Phase(IntEnum):
@@ -75,13 +84,15 @@ class Ledger:
     """One queue's."""
 
     def __init__(self) -> None:
-        self._mapping = mmap.mmap(-1, PAGE_SIZE + SCRATCH, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+        self._mapping = mmap.mmap(-1, _SIZE + SCRATCH, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
         self._mapping.madvise(mmap.MADV_DONTFORK)
         view = memoryview(self._mapping)
         #: The fields, to be read and written by their numbers.
         self.fields = view[: 8 * _FIELDS].cast("Q")
+        #: What a packed ring's worker has completed, by the descriptor that will say so.
+        self.completions = view[_COMPLETIONS : _COMPLETIONS + 8 * MAX_COMPLETIONS].cast("Q")
         #: Bytes for the device.
-        self.scratch = view[PAGE_SIZE:]
+        self.scratch = view[_SIZE:]
 
     @contextmanager
     def inherited(self) -> Iterator[None]:

@@ -1,5 +1,7 @@
 """The device's side of a split virtqueue (virtio 1.2, 2.7). It knows nothing of devices, buses or CPUs.
 
+What is different in a packed one is told, and done, in ``packed.py``.
+
 A worker that serves a queue does this and no more::
 
     queue = Queue(memory, layout, features, kick, call)
@@ -122,7 +124,7 @@ class Chain:
     driver cut the buffer into ranges means nothing (virtio 1.2, 2.7.4.1).
     """
 
-    __slots__ = ("head", "memory", "readable_ranges", "writable_ranges")
+    __slots__ = ("descriptors", "head", "memory", "readable_ranges", "writable_ranges")
 
     def __init__(
         self,
@@ -130,11 +132,14 @@ class Chain:
         head: int,
         readable_ranges: list[tuple[int, int]],
         writable_ranges: list[tuple[int, int]],
+        descriptors: int = 1,
     ) -> None:
         #: All of guest memory, indexed by offset.
         self.memory = memory
-        #: The index of its first descriptor, by which the driver knows it.
+        #: By what the driver knows it: the index of its first descriptor; in a packed ring, its buffer ID.
         self.head = head
+        #: How many places of the ring it takes, which only a packed ring asks.
+        self.descriptors = descriptors
         self.readable_ranges = readable_ranges
         self.writable_ranges = writable_ranges
 
@@ -156,7 +161,7 @@ Receive = Callable[[], tuple[Chain, int | None]]
 
 
 class Queue:
-    """One split virtqueue, served by this process.
+    """One virtqueue, served by this process: a split one, and what is the same in others (``packed.py``).
 
     ``layout`` and ``features`` are the driver's choice; ``kick`` and ``call`` the two eventfds (the driver's
     notifications, and our interrupts). ``account`` is what a predecessor left, or a ledger of its own.
@@ -173,12 +178,9 @@ class Queue:
         watch: WriteWatch | None = None,
         account: Ledger | None = None,
     ) -> None:
-        size = layout.size
-        if not 0 < size <= MAX_QUEUE_SIZE or size & (size - 1):
-            raise DeviceProtocolError("2.7", f"a queue size of {size}")
         #: The feature bits that the driver accepted.
         self.features = features
-        self.size = size
+        self.size = layout.size
         self._memory = memory
         self._view = memory.view
         self._kick = kick
@@ -187,10 +189,39 @@ class Queue:
         self._fence = fence.full
         self._event_idx = bool(features & _EVENT_IDX)
         self._indirect = bool(features & _INDIRECT_DESC)
+        #: What was written for those that are not published yet (with a watch only).
+        self._written: list[tuple[int, int]] = []
 
-        self._descriptors = _place(memory, "descriptor table", layout.descriptor_table, 16 * size, 16)
-        available = _place(memory, "available ring", layout.available_ring, 6 + 2 * size, 2)
-        used = _place(memory, "used ring", layout.used_ring, 6 + 8 * size, 4)
+        account = account or Ledger()
+        self._fields = account.fields
+        self._completions = account.completions
+        self._requests, self._bytes = account.counts()
+        #: Memory of the device's that outlives this process.
+        self.scratch = account.scratch
+        #: What a predecessor had taken of the host's for the next buffers, and its number for it; see :meth:`take`.
+        self.taken = (0, 0)
+
+        start = self._place_rings(memory, layout)
+        # Positions count up and wrap.
+        #: Up to where buffers are published: private, because the driver can write what it finds in memory.
+        self._used_index = start
+        #: Where that was when it was last decided whether the driver wants an interrupt.
+        self._signalled = start
+        #: The next position at which something may be available, and (split) how far the ring is known to be filled.
+        self._next_available = start
+        self._seen_available = start
+        #: Up to where buffers are completed: what the driver will find of them is written down somewhere already.
+        self._done = start
+        self._begin()
+
+    def _place_rings(self, memory: GuestMemory, layout: QueueLayout) -> int:
+        """Finds the queue's parts in guest memory; the position of the next buffer. DeviceProtocolError."""
+        size = layout.size
+        if not 0 < size <= MAX_QUEUE_SIZE or size & (size - 1):
+            raise DeviceProtocolError("2.7", f"a queue size of {size}")
+        self._descriptors = place(memory, "descriptor table", layout.descriptor_table, 16 * size, 16)
+        available = place(memory, "available ring", layout.available_ring, 6 + 2 * size, 2)
+        used = place(memory, "used ring", layout.used_ring, 6 + 8 * size, 4)
         view = memory.view
         # 16 bits each: flags, idx, ring[size], used_event.
         self._available = view[available : available + 6 + 2 * size].cast("H")
@@ -199,28 +230,11 @@ class Queue:
         self._used = view[used : used + 4].cast("H")
         self._used_ring = view[used + 4 : used + 4 + 8 * size].cast("Q")
         self._avail_event = view[used + 4 + 8 * size : used + 6 + 8 * size].cast("H")
-
-        # All indices are 16 bits and wrap, as in the rings.
-        #: The used index as published: private, because the driver can write the one in memory.
-        self._used_index = self._used[1]
-        #: Where it was when it was last decided whether the driver wants an interrupt.
-        self._signalled = self._used_index
-        #: The next entry of the available ring that is taken, and how far it is known to be filled.
-        self._next_available = self._used_index
-        self._seen_available = self._used_index
-        #: Up to where buffers are completed: their entries are in the used ring, which the driver finds when it moves.
-        self._done = self._used_index
-        #: What was written for those that are not published yet (with a watch only).
-        self._written: list[tuple[int, int]] = []
-
-        account = account or Ledger()
-        self._fields = account.fields
-        self._requests, self._bytes = account.counts()
-        #: Memory of the device's that outlives this process.
-        self.scratch = account.scratch
-        #: What a predecessor had taken of the host's for the next buffers, and its number for it; see :meth:`take`.
-        self.taken = (0, 0)
-        self._begin()
+        if self._event_idx:
+            self._used[0] = 0  # 2.7.10.2
+        #: How many positions there are: all indices are 16 bits.
+        self._turn = 1 << 16
+        return self._used[1]
 
     def _begin(self) -> None:
         """Makes a start, now that all of the queue's parts are in their places."""
@@ -341,7 +355,7 @@ class Queue:
         self._fields[PROGRESS] = self._done | VALID
         self._requests += 1
         self._bytes += written if data is None else data
-        if (self._done - self._used_index) & 0xFFFF >= BATCH:
+        if (self._done - self._used_index) % self._turn >= BATCH:
             self.flush()
 
     def push_together(self, parts: Iterable[tuple[Chain, int]]) -> None:
@@ -389,24 +403,27 @@ class Queue:
 
         Except when the driver has so much to find that there may be nothing left that it made available.
         """
-        index = self._done
-        if index == self._used_index:
+        if self._done == self._used_index:
             return
         if self._written and self._watch is not None:
             self._watch.written(self._written)
             self._written.clear()
-        self._used_index = self._used[1] = index
+        self._show()
         fields = self._fields
         fields[REQUESTS] = self._requests
         fields[BYTES] = self._bytes
         fields[MOMENT] = time.monotonic_ns()
-        if (index - self._signalled) & 0xFFFF >= self.size:
+        if (self._used_index - self._signalled) % self._turn >= self.size:
             self._signal()
+
+    def _show(self) -> None:
+        """Has the driver find all that is completed, at once."""
+        self._used_index = self._used[1] = self._done
 
     def _signal(self) -> None:
         """Interrupts the driver if it wants to be told of what was published since the last time."""
         index = self._used_index
-        news = (index - self._signalled) & 0xFFFF
+        news = (index - self._signalled) % self._turn
         if not news:
             return
         self._signalled = index
@@ -417,32 +434,39 @@ class Queue:
         os.eventfd_write(self._call, 1)
 
     def _wants_interrupt(self, index: int, news: int) -> bool:
-        """Whether the driver wants to be told that the used index moved by ``news`` and is ``index`` (2.7.7.2)."""
+        """Whether the driver wants to be told of the ``news`` positions before ``index``, all published (2.7.7.2)."""
         if self._event_idx:
             return (index - self._available[self._used_event] - 1) & 0xFFFF < news
         return not self._available[0] & AVAIL_F_NO_INTERRUPT
 
     def _suppress_notifications(self) -> None:
-        """We look at the available ring of our own accord (2.7.10.2)."""
+        """We look for available buffers of our own accord (2.7.10.2)."""
         # With EVENT_IDX there is nothing to do: avail_event stays behind, and the driver does not reach it again
         # before it has made another 65536 buffers available.
-        self._used[0] = 0 if self._event_idx else USED_F_NO_NOTIFY
+        if not self._event_idx:
+            self._used[0] = USED_F_NO_NOTIFY
 
-    def _sleep(self, seconds: float | None = None) -> None:
-        """Returns when the available index has moved, or when it may have, or after ``seconds``."""
-        index = self._next_available
+    def _ask_for_notifications(self) -> None:
+        """The driver is to notify us of the next buffer."""
         if self._event_idx:
-            self._avail_event[0] = index
+            self._avail_event[0] = self._next_available
         else:
             self._used[0] = 0
+
+    def _is_available(self) -> bool:
+        """Whether there is another buffer than those that were taken."""
+        return self._available[1] != self._next_available
+
+    def _sleep(self, seconds: float | None = None) -> None:
+        """Returns when another buffer is available, or when it may be, or after ``seconds``."""
+        self._ask_for_notifications()
         self._fence()
-        if self._available[1] == index:
+        if not self._is_available():
             self._fields[PHASE] = _IDLE
             if seconds is None or self._is_kicked_within(seconds):
                 self._take_kick()
             self._fields[PHASE] = _SERVING
-        if not self._event_idx:
-            self._suppress_notifications()
+        self._suppress_notifications()
 
     def _take_kick(self) -> None:
         """Waits for a notification, and takes all that have come."""
@@ -566,11 +590,18 @@ def _readable_in_straight_table(shape: tuple[int, ...]) -> int | None:
     return readable
 
 
-def _place(memory: GuestMemory, what: str, address: int, length: int, alignment: int) -> int:
-    """The offset of a part of a virtqueue, or DeviceProtocolError."""
+def place(  # noqa: PLR0917 -- what there is to say of it
+    memory: GuestMemory,
+    what: str,
+    address: int,
+    length: int,
+    alignment: int,
+    sections: tuple[str, str] = ("2.7", "2.7.1"),
+) -> int:
+    """The offset of a part of a virtqueue, or DeviceProtocolError (whose section is of its place, or its alignment)."""
     if address % alignment:
-        raise DeviceProtocolError("2.7.1", f"the {what} at {address:#x} is not {alignment}-byte aligned")
+        raise DeviceProtocolError(sections[1], f"the {what} at {address:#x} is not {alignment}-byte aligned")
     try:
         return memory.offset(address, length)
     except GuestAddressError as error:
-        raise DeviceProtocolError("2.7", f"the {what}: {error}") from error
+        raise DeviceProtocolError(sections[0], f"the {what}: {error}") from error
