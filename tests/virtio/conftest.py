@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import pytest
 from mockdriver import HANGS, DriverFactory, MockDriver
+from packeddriver import PACKED, new_driver_of
 
 from lguest_mp import core
 
@@ -27,9 +28,21 @@ def watchdog() -> Iterator[None]:
     signal.signal(signal.SIGALRM, previous)
 
 
-@pytest.fixture(scope="session", params=["python", "compiled"])
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves out packed rings where a test is marked ``split``."""
+    items[:] = [item for item in items if not (item.get_closest_marker("split") and _is_packed(item))]
+
+
+def _is_packed(item: pytest.Item) -> bool:
+    return isinstance(item, pytest.Function) and item.callspec.params.get("of") == PACKED
+
+
+@pytest.fixture(scope="session", params=["python", "compiled", PACKED])
 def of(request: pytest.FixtureRequest) -> str:
-    """Which core serves: each test that asks for it, or for a driver, is made for either."""
+    """What serves a driver: a core, with split rings; or the one in Python, with packed ones.
+
+    Each test that asks for it, or for a driver, is made for all of them.
+    """
     if request.param == "compiled" and (lacks := core.missing()):
         pytest.skip(f"the compiled core {lacks}")
     return str(request.param)
@@ -41,7 +54,7 @@ def new_driver(of: str) -> Iterator[DriverFactory]:
     drivers: list[MockDriver] = []
 
     def new(*arguments: object, **keywords: object) -> MockDriver:
-        drivers.append(MockDriver(*arguments, **(keywords | {"of": of})))  # type: ignore[arg-type]
+        drivers.append(new_driver_of(of)(*arguments, **keywords))
         return drivers[-1]
 
     yield new

@@ -114,11 +114,8 @@ class MockDriver:
         self.features = features
         #: Which core serves it.
         self.core = of
-        table = base
-        available = table + 16 * size
-        used = _align(available + 6 + 2 * size, 4)
-        self.layout = QueueLayout(size, table, available, used)
-        self._free_memory = self._first_free = _align(used + 6 + 8 * size, 16)
+        self.layout, end = self._place_rings(base)
+        self._free_memory = self._first_free = align(end, 16)
         self.kicked = os.eventfd(0, os.EFD_CLOEXEC)
         self.called = os.eventfd(0, os.EFD_CLOEXEC)
         self._free = list(range(size))
@@ -127,10 +124,17 @@ class MockDriver:
         self._seen_used = 0
         #: Its memory barrier (2.7.13.4.1).
         self.fence = fence.full
+
+    def _place_rings(self, base: int) -> tuple[QueueLayout, int]:
+        """Where the rings are, and where they end."""
+        size = self.size
+        available = base + 16 * size
+        used = align(available + 6 + 2 * size, 4)
         self._available_ring = self.memory.slice(available, 6 + 2 * size).cast("H")
         self._used = self.memory.slice(used, 4).cast("H")
         self._used_ring = self.memory.slice(used + 4, 8 * size).cast("I")
         self._avail_event = self.memory.slice(used + 4 + 8 * size, 2).cast("H")
+        return QueueLayout(size, base, available, used), used + 6 + 8 * size
 
     def close(self) -> None:
         os.close(self.kicked)
@@ -140,7 +144,7 @@ class MockDriver:
 
     def allocate(self, length: int, content: bytes | None = None, alignment: int = 1) -> int:
         """A piece of guest memory of its own: its address."""
-        address = _align(self._free_memory, alignment)
+        address = align(self._free_memory, alignment)
         self._free_memory = address + length
         if content is not None:
             self.memory.write(address, content)
@@ -218,12 +222,15 @@ class MockDriver:
             else:
                 self.set_available_flags(0)
             self.fence()
-            if self._seen_used != self._used[1]:
+            if self._has_news():
                 self.set_available_flags(1)
                 return True
             if not poll.poll(seconds * 1000):
                 return False
             os.read(self.called, 8)
+
+    def _has_news(self) -> bool:
+        return bool(self._seen_used != self._used[1])
 
     def used(self) -> list[tuple[int, int]]:
         """The (head, length) of what the device has completed since the last look; its descriptors are free again."""
@@ -309,13 +316,15 @@ class MockDriver:
 
     # The device's side.
 
+    def class_of(self, kind: type[Queue] = Queue) -> type[Queue]:
+        """The queues for these rings, with what ``kind`` does otherwise."""
+        return of_core(self.core, kind)
+
     def queue(
         self, watch: WriteWatch | None = None, account: Ledger | None = None, kind: type[Queue] = IdlingQueue
     ) -> Queue:
         """A device's queue on these rings, which raises Idle instead of sleeping; or one of another ``kind``."""
-        return of_core(self.core, kind)(
-            self.memory, self.layout, self.features, self.kicked, self.called, watch, account
-        )
+        return self.class_of(kind)(self.memory, self.layout, self.features, self.kicked, self.called, watch, account)
 
     def sleeping_queue(self, account: Ledger | None = None, on_kick: Callable[[], object] | None = None) -> Queue:
         """The same as it is in a worker. When it takes a notification, the driver does ``on_kick``."""
@@ -349,7 +358,7 @@ def _linked(parts: Sequence[Descriptor], indices: Sequence[int]) -> list[Descrip
     ]
 
 
-def _align(address: int, alignment: int) -> int:
+def align(address: int, alignment: int) -> int:
     return -(-address // alignment) * alignment
 
 

@@ -121,6 +121,7 @@ def judged(driver: MockDriver) -> JudgedQueue:
 
 @settings(max_examples=300)
 @given(write=rings(), features=st.sampled_from([ALL, ALL, Feature.RING_EVENT_IDX]))
+@pytest.mark.split
 def test_the_queue_reads_chains_as_the_standard_does(
     memory: GuestMemory, of: str, write: Callable[[MockDriver], None], features: int
 ) -> None:

@@ -55,6 +55,7 @@ class TestServing:
         driver.make_available(driver.chain([Descriptor(driver.allocate(16, table), 16, INDIRECT | WRITE)]))
         assert bytes(popped(driver.queue()).readable[0]) == b"data"
 
+    @pytest.mark.split
     def test_unknown_descriptor_flags_mean_nothing(self, driver: MockDriver) -> None:
         driver.make_available(driver.chain([Descriptor(driver.allocate(4, b"data"), 4, 0xFFF8)]))
         assert bytes(popped(driver.queue()).readable[0]) == b"data"
@@ -70,6 +71,7 @@ class TestServing:
         driver.add([b"x"] * 16, indirect=True)
         assert len(popped(queue).readable) == 16
 
+    @pytest.mark.split
     def test_a_table_may_be_chained_in_any_order(self, driver: MockDriver) -> None:
         """2.7.5.3: by next, also where the flags alone look like one descriptor after the other."""
         order = {0: (b"a", 2), 1: (b"c", 3), 2: (b"b", 1), 3: (b"d", 0)}
@@ -80,6 +82,7 @@ class TestServing:
         driver.make_available(driver.chain([Descriptor(driver.allocate(64, table), 64, INDIRECT)]))
         assert b"".join(popped(driver.queue()).readable) == b"abcd"
 
+    @pytest.mark.split
     def test_an_indirect_table_may_be_larger_than_the_queue(self, driver: MockDriver) -> None:
         """2.7.5.3: the chain is what is limited, and it may use any part of the table."""
         parts = [Descriptor(driver.allocate(2, b"ab"), 2, NEXT, 99)] + [Descriptor(0, 0)] * 98
@@ -291,6 +294,7 @@ class TestNotifications:
         assert 0 in seen
         assert driver.used_flags == 1
 
+    @pytest.mark.split
     def test_with_event_idx_we_name_the_entry_that_wakes_us(self, driver: MockDriver) -> None:
         """2.7.10.2: flags 0 always, avail_event the next entry."""
         queue = driver.sleeping_queue()
@@ -321,6 +325,7 @@ class TestNotifications:
 class TestResuming:
     """A Queue on rings that another has served before: that is all it takes to replace a killed worker."""
 
+    @pytest.mark.split
     def test_what_was_taken_and_not_completed_comes_again_in_order(self, driver: MockDriver) -> None:
         first = driver.queue()
         for number in range(5):
@@ -334,6 +339,7 @@ class TestResuming:
         assert [bytes(popped(second).readable[0])[0] for _ in range(3)] == [2, 3, 4]
         assert second.pop() is None
 
+    @pytest.mark.split
     def test_completions_go_on_where_they_ended(self, driver: MockDriver) -> None:
         first = driver.queue()
         heads = [driver.add([b"x"]).head for _ in range(2)]
@@ -344,6 +350,7 @@ class TestResuming:
         second.flush()
         assert [head for head, _ in driver.used()] == heads
 
+    @pytest.mark.split
     def test_the_used_index_in_memory_is_not_trusted_while_we_run(self, driver: MockDriver) -> None:
         queue = driver.queue()
         driver.add([b"x"])
@@ -353,6 +360,7 @@ class TestResuming:
         assert driver.used_index == 1
 
 
+@pytest.mark.split
 class TestLayout:
     """Where the driver may put the three parts (2.7, 2.7.1)."""
 
@@ -546,6 +554,7 @@ BROKEN: list[tuple[Break, str]] = [
 ]
 
 
+@pytest.mark.split
 class TestBrokenRules:
     """Each rule that a driver can break, and the section that it is told."""
 

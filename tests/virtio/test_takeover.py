@@ -12,7 +12,7 @@ import signal
 import string
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,8 @@ import pytest
 from fakewire import FakeWire
 from hypothesis import given
 from hypothesis import strategies as st
-from mockdriver import ALL, Context, Idle, MockDriver
+from mockdriver import ALL, Buffer, Context, Idle, MockDriver
+from packeddriver import PACKED, PackedDriver, new_driver_of
 
 from lguest_mp.errors import DeviceProtocolError
 from lguest_mp.network.header import NetFeature
@@ -72,6 +73,7 @@ class TestSuccession:
         driver.queue(account=account)
         assert driver.interrupts() == 1
 
+    @pytest.mark.split
     def test_an_entry_that_is_not_accounted_for_is_served_again(self, driver: MockDriver, account: Ledger) -> None:
         buffers = [driver.add([], [8]) for _ in range(2)]
         queue = driver.queue(account=account)
@@ -162,6 +164,7 @@ class TestLyingDrivers:
     @given(
         used_index=st.integers(0, 0xFFFF), entries=st.lists(st.integers(0, (1 << 64) - 1), max_size=16), data=st.data()
     )
+    @pytest.mark.split
     def test_whatever_is_in_the_rings(self, of: str, used_index: int, entries: list[int], data: st.DataObject) -> None:
         driver, account = MockDriver(of=of), Ledger()
         try:
@@ -185,6 +188,7 @@ class TestLyingDrivers:
             driver.close()
 
     @given(fields=st.lists(st.integers(0, (1 << 64) - 1), min_size=5, max_size=5))
+    @pytest.mark.split
     def test_whatever_is_in_the_ledger(self, of: str, fields: list[int]) -> None:
         """A worker that is not itself any more can write what it likes there; its successor and the watch live on."""
         driver, account = MockDriver(of=of), Ledger()
@@ -275,7 +279,9 @@ def killed_at(instruction: int, run: Callable[[], object]) -> tuple[str | None, 
 Kill = Callable[[Callable[[], object]], str | None]
 
 
-def at_every_instruction(scenario: Callable[[MockDriver, Ledger, Kill], None], features: int = ALL) -> None:
+def at_every_instruction(
+    scenario: Callable[[MockDriver, Ledger, Kill], None], new_driver: Callable[[], MockDriver]
+) -> None:
     """Runs a scenario again and again; the worker in it, run by a Kill, is killed a little later each time."""
     instruction = 0
     while True:
@@ -287,7 +293,7 @@ def at_every_instruction(scenario: Callable[[MockDriver, Ledger, Kill], None], f
             ended = place is None
             return place
 
-        with closing(MockDriver(features=features)) as driver:
+        with closing(new_driver()) as driver:
             scenario(driver, Ledger(), kill)
         if ended:
             return
@@ -297,6 +303,12 @@ def at_every_instruction(scenario: Callable[[MockDriver, Ledger, Kill], None], f
 def serve(driver: MockDriver, device: Device, index: int, account: Ledger) -> None:
     """One worker's life, until it would sleep."""
     device.serve(index, driver.queue(account=account), Context())
+
+
+@pytest.fixture(params=["split", "packed"])
+def rings(request: pytest.FixtureRequest) -> Callable[..., MockDriver]:
+    """What makes drivers of one kind of queues, or of the other."""
+    return new_driver_of("python" if request.param == "split" else PACKED)
 
 
 @pytest.fixture
@@ -311,7 +323,7 @@ def files() -> Iterator[tuple[int, int]]:
 class TestKilledAtAnyInstruction:
     """Each device, at each of some thousand moments."""
 
-    def test_console_output(self, files: tuple[int, int]) -> None:
+    def test_console_output(self, rings: Callable[..., MockDriver], files: tuple[int, int]) -> None:
         """At least once, in order, and at most one buffer twice."""
         reader, writer = files
         pieces = [b"one ", b"two ", b"three "]
@@ -328,9 +340,9 @@ class TestKilledAtAnyInstruction:
             assert sum(Counter(shown).values()) <= len(pieces) + 1
             assert len(driver.used()) == len(pieces)
 
-        at_every_instruction(scenario)
+        at_every_instruction(scenario, rings)
 
-    def test_console_input(self) -> None:
+    def test_console_input(self, rings: Callable[..., MockDriver]) -> None:
         """Exactly once, except for what was typed in the moment of the kill."""
 
         def scenario(driver: MockDriver, account: Ledger, kill: Kill) -> None:
@@ -355,9 +367,9 @@ class TestKilledAtAnyInstruction:
             else:
                 assert got in {typed[:12], typed[4:16], typed[:4] + typed[8:16], typed[:8] + typed[12:16]}
 
-        at_every_instruction(scenario)
+        at_every_instruction(scenario, rings)
 
-    def test_received_frames(self) -> None:
+    def test_received_frames(self, rings: Callable[..., MockDriver]) -> None:
         """Exactly once, also those that lie in several buffers, except for one in the moment of the kill."""
         frames = [FRAME_HEADER + bytes([number]) * length for number, length in enumerate((60, 250, 61), start=1)]
 
@@ -383,9 +395,9 @@ class TestKilledAtAnyInstruction:
             else:
                 assert got == whole
 
-        at_every_instruction(scenario, MODERN)
+        at_every_instruction(scenario, lambda: rings(features=MODERN))
 
-    def test_sent_frames(self) -> None:
+    def test_sent_frames(self, rings: Callable[..., MockDriver]) -> None:
         frames = [FRAME_HEADER + bytes([number]) * 60 for number in range(3)]
 
         def scenario(driver: MockDriver, account: Ledger, kill: Kill) -> None:
@@ -398,9 +410,11 @@ class TestKilledAtAnyInstruction:
             assert sorted(set(wire.sent), key=wire.sent.index) == frames
             assert len(wire.sent) <= len(frames) + 1
 
-        at_every_instruction(scenario, MODERN)
+        at_every_instruction(scenario, lambda: rings(features=MODERN))
 
-    def test_disk_requests(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_disk_requests(
+        self, rings: Callable[..., MockDriver], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Writes are there, reads are right, and each request is answered once."""
         monkeypatch.setattr(os, "fdatasync", lambda _file: None)  # thousands of them take their time
         image = tmp_path / "disk.img"
@@ -421,7 +435,165 @@ class TestKilledAtAnyInstruction:
             assert driver.memory.read(read.writable[0][0], 512) == b"w" * 512
             assert [driver.memory.read(read.writable[1][0], 1), len(driver.used())] == [b"\0", 3]
 
-        at_every_instruction(scenario, ALL | Feature.VERSION_1 | BlockFeature.FLUSH)
+        at_every_instruction(scenario, lambda: rings(features=ALL | Feature.VERSION_1 | BlockFeature.FLUSH))
+
+    @pytest.mark.parametrize("is_busy", [False, True], ids=["the driver waits", "the driver goes on"])
+    def test_lists_around_the_end_of_a_packed_ring(self, is_busy: bool) -> None:
+        """Each is used once, also where the driver uses places anew before there is a successor.
+
+        What was written was told to the watch before the driver could see it.
+        """
+
+        def scenario(driver: MockDriver, account: Ledger, kill: Kill) -> None:
+            story = PackedStory(driver, account)
+            for number in (0, 2, 4):
+                story.add(number)
+            with pytest.raises(Idle):
+                story.serve()
+            story.look()
+            for number in (1, 6, 3):  # two places, around the end; one; two
+                story.add(number)
+            kill(story.serve)
+            if is_busy:
+                story.look()
+                for number in range(8, 8 + 2 * story.room, 2):
+                    story.add(number)
+            with pytest.raises(Idle):
+                story.serve()
+            story.look()
+            assert story.served_anew <= 1
+
+        at_every_instruction(scenario, lambda: PackedDriver(5))
+
+
+class PackedStory:
+    """A driver that gives numbers, as lists of two descriptors or (even ones) as tables, and a device that echoes."""
+
+    def __init__(self, driver: MockDriver, account: Ledger) -> None:
+        self._driver = driver
+        self._account = account
+        self._asked: list[tuple[int, Buffer]] = []
+        self._served: list[int] = []
+        self._told: set[tuple[int, int]] = set()
+        self._answered = 0
+
+    def add(self, number: int) -> None:
+        self._asked.append((number, self._driver.add([bytes([number])], [4], indirect=number % 2 == 0)))
+
+    def serve(self) -> None:
+        queue = self._driver.queue(self, self._account)
+        while True:
+            chain = queue.wait()
+            (number,) = chain.readable[0]
+            self._served.append(number)
+            chain.writable[0][:] = bytes([number] * 4)
+            queue.push(chain, number % 4)
+            if number == 1:
+                queue.publish()
+
+    def written(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """What the watch is told."""
+        self._told.update(ranges)
+
+    def look(self) -> None:
+        """What was used is what was asked, in order."""
+        for head, length in self._driver.used():
+            number, buffer = self._asked[self._answered]
+            assert (head, length) == (buffer.head, number % 4)
+            assert (buffer.writable[0][0], length) in self._told
+            assert self._driver.content(buffer) == bytes([number] * 4)
+            self._answered += 1
+
+    @property
+    def room(self) -> int:
+        """How many places of the ring the driver has."""
+        return self._driver.size - sum(number % 2 + 1 for number, _ in self._asked[self._answered :])
+
+    @property
+    def served_anew(self) -> int:
+        """How many were served twice, when all were answered."""
+        assert self._answered == len(self._asked)
+        assert sorted(set(self._served)) == sorted(number for number, _ in self._asked)
+        return len(self._served) - len(self._asked)
+
+
+class TestPackedLedger:
+    """What a successor on a packed ring does with what it finds."""
+
+    @pytest.mark.parametrize("done", [0x1_0000 + 32, 0x1_0000 + 17, 0x1_FFFF])
+    def test_a_ledger_that_makes_no_sense_is_given_up(self, done: int) -> None:
+        with closing(PackedDriver()) as driver:
+            driver.account.fields[ledger.PROGRESS] = done
+            with pytest.raises(ValueError, match="the ledger has position"):
+                driver.queue()
+
+    @given(
+        fields=st.lists(st.integers(0, (1 << 64) - 1), min_size=6, max_size=6),
+        position=st.integers(0, 40),
+        done=st.integers(0, 40),
+        completions=st.lists(st.integers(0, (1 << 64) - 1) | st.integers(0, 3).map(lambda n: n << 48), max_size=16),
+    )
+    def test_whatever_is_in_it(self, fields: list[int], position: int, done: int, completions: list[int]) -> None:
+        """It is given up, or the queue is served from somewhere; nothing is endless."""
+        with closing(PackedDriver()) as driver:
+            account = driver.account
+            fields[ledger.PROGRESS] = fields[ledger.PROGRESS] & ~0xFFFF | done
+            fields[ledger.PUBLISHED] = position
+            for index, value in enumerate(fields):
+                account.fields[index] = value
+            for index, value in enumerate(completions):
+                account.completions[index] = value
+            account.account()
+            for _ in range(3):
+                driver.add([], [8])
+            with suppress(ValueError, DeviceProtocolError):
+                queue = driver.queue(account=account)
+                while chain := queue.pop():
+                    queue.push(chain, 8)
+                queue.flush()
+
+    @given(ring=st.binary(min_size=256, max_size=256), pushed=st.integers(0, 3), is_published=st.booleans())
+    def test_whatever_is_in_the_ring(self, ring: bytes, pushed: int, is_published: bool) -> None:
+        with closing(PackedDriver()) as driver:
+            account = driver.account
+            for _ in range(4):
+                driver.add([], [8])
+            queue = driver.queue(account=account)
+            for _ in range(pushed):
+                queue.push(popped(queue), 8)
+            if is_published:
+                queue.publish()
+            queue.take(len, [memoryview(bytearray(1))], 3)
+            driver.memory.write(driver.layout.descriptor_table, ring)
+            try:
+                successor = driver.queue(account=account)
+                taken = 0
+                while (chain := successor.pop()) and taken < 100:
+                    successor.push(chain, 0)
+                    taken += 1
+            except DeviceProtocolError:
+                return
+            assert successor.taken == (1, 3)
+            assert taken <= driver.size
+
+    def test_a_new_queue_begins_in_the_first_turn(self) -> None:
+        """2.8.1: after a reset, whatever the ledger said of the old one."""
+        with closing(PackedDriver(3)) as driver:
+            queue = driver.queue()
+            for _ in range(4):
+                driver.add([], [8])
+                queue.push(popped(queue), 8)
+                queue.flush()
+                driver.used()
+            driver.account.open()
+        with closing(PackedDriver(3)) as again:
+            again.add([], [8])
+            queue = again.queue(account=driver.account)
+            queue.push(popped(queue), 8)
+            queue.flush()
+            assert again.used() == [(0, 8)]
+            another = again.add([], [1])
+            assert popped(again.queue(account=driver.account)).head == another.head
 
 
 def _net(wire: FakeWire) -> Net:

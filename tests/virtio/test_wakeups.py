@@ -16,6 +16,7 @@ import pytest
 from mockdriver import HANGS, DriverFactory, MockDriver
 
 from lguest_mp.virtio.device import Feature
+from lguest_mp.virtio.ledger import Ledger
 
 REQUESTS = 20_000
 #: After so many seconds without an interrupt it is lost.
@@ -26,9 +27,9 @@ def answer(number: int) -> int:
     return number * 0x9E3779B97F4A7C15 & (1 << 64) - 1
 
 
-def serve(driver: MockDriver) -> None:
+def serve(driver: MockDriver, account: Ledger) -> None:
     """A device that answers numbers."""
-    queue = driver.sleeping_queue()
+    queue = driver.sleeping_queue(account)
     while True:
         chain = queue.wait()
         (number,) = struct.unpack("<Q", chain.readable[0])
@@ -41,14 +42,16 @@ class Workers:
 
     def __init__(self) -> None:
         self._pid = 0
+        self._account = Ledger()
 
     def start(self, driver: MockDriver) -> None:
-        self._pid = os.fork()
+        with self._account.inherited():
+            self._pid = os.fork()
         if not self._pid:
             try:
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.alarm(HANGS)
-                serve(driver)
+                serve(driver, self._account)
             finally:
                 os._exit(1)
 
@@ -100,7 +103,7 @@ def test_nothing_is_lost(new_driver: DriverFactory, workers: Workers, features: 
 def test_workers_that_are_killed_and_replaced(
     new_driver: DriverFactory, workers: Workers, monkeypatch: pytest.MonkeyPatch, features: int
 ) -> None:
-    """All that a successor needs is in the rings; an interrupt that fell into the gap is made up for by one more."""
+    """What a successor needs is in ring and ledger; an interrupt that fell into the gap is made up for by another."""
     chance = random.Random(3)
     driver = new_driver(features=features | Feature.RING_INDIRECT_DESC)
     workers.start(driver)
