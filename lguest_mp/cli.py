@@ -46,6 +46,7 @@ Options, anywhere before '--':
                       /dev/lguest; auto, the default: KVM where it can run a stock kernel, the embedded CPU elsewhere
   --cpus=<n>          how many processors the guest has (on KVM)
   --core=<core>       what serves the virtqueues: compiled, python; auto, the default: compiled, if it was built
+  --rings=<format>    the format of the virtqueues: split, the default; or packed, if the guest's driver accepts it
   --machine=<kind>    what the guest finds: pc, or lguest, which is for 32-bit kernels; otherwise what the kernel is for
   --on-crash=[<device>:]<policy>
                       what to do when a worker (of that device: console, block0, net0, ...) crashes: restart it, at most
@@ -69,22 +70,11 @@ Exit status: 0 the guest powered off, 1 lguest could not do it, 2 usage, 3 the g
 """
 _OPTIONS = [
     *("verbose", "net=", "tunnet=", "block=", "rng", "initrd=", "username=", "chroot="),
-    *(
-        "jail=",
-        "kernel-cache=",
-        "name=",
-        "cpu=",
-        "cpus=",
-        "core=",
-        "machine=",
-        "on-crash=",
-        "stuck-after=",
-        "demo",
-        "help",
-        "version",
-    ),
+    *("jail=", "kernel-cache=", "name=", "cpu=", "cpus=", "core=", "rings=", "machine=", "on-crash=", "stuck-after="),
+    *("demo", "help", "version"),
 ]
 _CPUS = ("auto", "kvm", "unicorn", "lguest")
+_RINGS = ("split", "packed")
 _MACHINES = ("pc", "lguest")
 _SWITCH = ("on", "off")
 #: More digits than any number has that is given, as a machine's memory in MiB; how much a guest can have is for its
@@ -136,6 +126,7 @@ def parse(arguments: Sequence[str]) -> GuestConfig:
         cpus=_count(single["cpus"]) if "cpus" in single else 1,
         machine=machine,
         core=of_core,
+        rings=_choice("rings", single.get("rings", _RINGS[0]), _RINGS),
         jail=_choice("jail", single.get("jail", "on"), _SWITCH) == "on",
         kernel_cache=_choice("kernel-cache", single.get("kernel-cache", "on"), _SWITCH) == "on",
         crash_policies=tuple(_crash_policy(value) for name, value in given if name == "on-crash"),

@@ -113,9 +113,9 @@ class GuestConfig:
     ``memory`` is in bytes. ``devices`` are in the order of the command line; the console, which every guest has, is
     not among them. ``arguments`` are the kernel's, as given. ``cpu`` is what executes it: ``unicorn``, ``kvm`` or
     ``lguest``; ``auto``: what this host has. ``machine`` is ``pc`` or ``lguest``; None: the one that the kernel is for.
-    ``core``: which one serves the virtqueues (``core.CHOICES``). ``jail``: whether its processes may do only what they
-    need. ``kernel_cache``: whether unpacked kernels are kept and looked for. ``crash_policies``: by device; None: of
-    all others.
+    ``core``: which one serves the virtqueues (``core.CHOICES``). ``rings``: what a driver is offered, ``split`` or
+    ``packed`` (which it may refuse). ``jail``: whether its processes may do only what they need. ``kernel_cache``:
+    whether unpacked kernels are kept and looked for. ``crash_policies``: by device; None: of all others.
     ``stuck_after``: how long (seconds) a worker may get nothing of its work done, 0: for ever.
     """
 
@@ -132,6 +132,7 @@ class GuestConfig:
     cpus: int = 1
     machine: str | None = None
     core: str = "auto"
+    rings: str = "split"
     jail: bool = True
     kernel_cache: bool = True
     crash_policies: tuple[tuple[str | None, CrashPolicy], ...] = ()

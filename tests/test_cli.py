@@ -64,6 +64,13 @@ def test_how_many_processors() -> None:
             cli.parse([f"--cpus={nonsense}", "256", "vmlinuz"])
 
 
+def test_which_rings() -> None:
+    assert cli.parse(["256", "vmlinuz"]).rings == "split"
+    assert cli.parse(["--rings=packed", "256", "vmlinuz"]).rings == "packed"
+    with pytest.raises(cli.UsageError, match="--rings=round is unknown"):
+        cli.parse(["--rings=round", "256", "vmlinuz"])
+
+
 def test_the_machine_is_the_kernels_choice_unless_it_is_named() -> None:
     assert cli.parse(["256", "vmlinuz"]).machine is None
     assert cli.parse(["256", "vmlinuz", "--machine=pc"]).machine == "pc"

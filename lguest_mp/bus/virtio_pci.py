@@ -225,8 +225,10 @@ _ADDRESSES = {
 class VirtioPciFunction(PciFunction):
     """A virtio device on the PCI bus.
 
-    ``kicks`` are its queues' eventfds towards the workers. ``read``, ``write`` and the configuration space are the CPU
-    thread's; :meth:`queue_interrupt`, :meth:`config_changed` and :meth:`broken` are any thread's.
+    ``kicks`` are its queues' eventfds towards the workers. ``packed``: packed virtqueues are offered, too.
+
+    ``read``, ``write`` and the configuration space are the CPU thread's; :meth:`queue_interrupt`,
+    :meth:`config_changed` and :meth:`broken` are any thread's.
     """
 
     def __init__(
@@ -238,6 +240,7 @@ class VirtioPciFunction(PciFunction):
         interrupts: Interrupts,
         control: DeviceControl,
         shortcuts: Shortcuts | None = None,
+        packed: bool = False,
     ) -> None:
         super().__init__(
             PciIdentity(
@@ -259,7 +262,7 @@ class VirtioPciFunction(PciFunction):
         self._count = len(device.queue_names)
         if len(self._kicks) != self._count:
             raise ValueError(f"{device.name} has {self._count} queues and {len(self._kicks)} eventfds")
-        self._offered = int(device.features | BUS_FEATURES)
+        self._offered = int(device.features | BUS_FEATURES | (Feature.RING_PACKED if packed else 0))
 
         #: Interrupt sources are the queues, and this one for configuration changes.
         self._config_source = self._count
@@ -431,7 +434,9 @@ class VirtioPciFunction(PciFunction):
                 if value == 1:
                     self._enable_queue(index)
             case Common.QUEUE_SIZE:
-                if 0 < value <= QUEUE_SIZE and value & value - 1 == 0:
+                # 4.1.4.3.2: a power of two, unless it is a packed virtqueue's.
+                is_packed = self._driver_features & Feature.RING_PACKED
+                if 0 < value <= QUEUE_SIZE and (is_packed or value & value - 1 == 0):
                     queue.size = value
             case _ if offset & ~7 in _ADDRESSES:
                 name = _ADDRESSES[offset & ~7]

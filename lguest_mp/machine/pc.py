@@ -154,6 +154,7 @@ class Pc:
             interrupts=wires,
             control=self._control(index, port),
             shortcuts=shortcuts,
+            packed=port.packed,
         )
         if shortcuts is not None:
             shortcuts.connect(function.queue_interrupt)

@@ -14,12 +14,14 @@ from lguest_mp.virtio.device import Device
 class DevicePort:
     """A device and its eventfds, one of each kind per queue.
 
-    ``kicks`` go from the guest to the workers, ``calls`` from the workers to the guest. All are blocking.
+    ``kicks`` go from the guest to the workers, ``calls`` from the workers to the guest. All are blocking. ``packed``:
+    packed virtqueues are offered, too.
     """
 
     device: Device
     kicks: tuple[int, ...]
     calls: tuple[int, ...]
+    packed: bool = False
 
 
 def console_line(ports: Sequence[DevicePort]) -> Line | None:

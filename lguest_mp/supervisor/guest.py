@@ -141,6 +141,7 @@ class Guest:
                 device=device,
                 kicks=tuple(self._eventfd() for _ in device.queue_names),
                 calls=tuple(self._eventfd() for _ in device.queue_names),
+                packed=self._resources.config.rings == "packed",
             )
             for device in self._resources.devices
         ]

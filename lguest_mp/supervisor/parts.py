@@ -121,7 +121,12 @@ def of(config: GuestConfig, probe: Probe | None = None) -> Parts:
 
     ``probe``: the look at the host's KVM, begun for a CPU that may be it; None: it is not used.
     """
-    make_queue, of_core = core.queue(config.core), core.describe(config.core)
+    split, of_core = core.queue(config.core), core.describe(config.core)
+    make_queue: QueueMaker = split
+    if config.rings == "packed":
+        from lguest_mp.virtio import packed  # noqa: PLC0415 -- most guests have none
+
+        make_queue, of_core = packed.queue_maker(split), f"Python for packed virtqueues; for others, {of_core}"
     return replace(_machine_parts(config, probe), make_queue=make_queue, core=of_core)
 
 
@@ -130,6 +135,7 @@ def _machine_parts(config: GuestConfig, probe: Probe | None) -> Parts:
         if config.machine == "pc":
             raise LguestError("--cpu=lguest runs lguest's own guests only; leave --machine=pc out, or --cpu=lguest")
         _require_one_cpu(config, "--cpu=lguest")
+        _require_split_rings(config)
         return lguest_on_device()
     kvm = None if probe is None else probe.verdict()
     if _machine(config) == "pc":
@@ -139,6 +145,7 @@ def _machine_parts(config: GuestConfig, probe: Probe | None) -> Parts:
     if config.cpu == "kvm":
         raise LguestError("--cpu=kvm runs 64-bit kernels only, and this is a guest of lguest's own; leave --cpu out")
     _require_one_cpu(config, "a guest of lguest's own")
+    _require_split_rings(config)
     return lguest()
 
 
@@ -169,6 +176,13 @@ def _pc(config: GuestConfig, kvm: Verdict | None) -> Parts:
 def _require_one_cpu(config: GuestConfig, what: str, why: str = "") -> None:
     if config.cpus != 1:
         raise LguestError(f"--cpus={config.cpus}: {what} is one processor; leave --cpus out{why}")
+
+
+def _require_split_rings(config: GuestConfig) -> None:
+    if config.rings != "split":
+        raise LguestError(
+            f"--rings={config.rings}: the devices of a guest of lguest's own have split rings; leave it out"
+        )
 
 
 def pc() -> Parts:

@@ -107,7 +107,7 @@ class FakeShortcuts:
 class Rig:
     """One device in slot 1, and everything around it."""
 
-    def __init__(self, device: Device | None = None) -> None:
+    def __init__(self, device: Device | None = None, *, packed: bool = False) -> None:
         self.lock = Lock()
         self.shortcuts = FakeShortcuts(self.lock)
         self.interrupts = FakeInterrupts(self.lock)
@@ -121,6 +121,7 @@ class Rig:
             interrupts=self.interrupts,
             control=self.control,
             shortcuts=self.shortcuts,
+            packed=packed,
         )
         self.bus = PciBus([self.function], window_first=WINDOW, window_last=0xFEBF_FFFF, interrupt_pin=16)
 

@@ -274,6 +274,42 @@ def test_a_queue_can_be_made_smaller_by_powers_of_two(rig: Rig, size: int, resul
     assert rig.read(Common.QUEUE_SIZE, 2) == result
 
 
+@pytest.fixture
+def packed_rig() -> Iterator[Rig]:
+    """The device, with packed virtqueues offered."""
+    rig = Rig(packed=True)
+    yield rig
+    rig.close()
+
+
+def test_packed_queues_are_offered_where_they_are_wanted(rig: Rig, packed_rig: Rig) -> None:
+    assert packed_rig.offered() ^ rig.offered() == Feature.RING_PACKED
+
+
+def test_packed_queues_are_for_the_driver_to_accept(rig: Rig, packed_rig: Rig) -> None:
+    for each in (rig, packed_rig):
+        each.negotiate(ALL_FEATURES | Feature.RING_PACKED)
+    assert not rig.status & DeviceStatus.FEATURES_OK
+    assert packed_rig.status & DeviceStatus.FEATURES_OK
+    layout = packed_rig.set_up_queue(0)
+    packed_rig.set_status(OK)
+    assert packed_rig.control.asked == [("start", ALL_FEATURES | Feature.RING_PACKED, (layout, None))]
+
+
+@pytest.mark.parametrize(("size", "result"), [(100, 100), (1, 1), (255, 255), (0, 256), (257, 256)])
+def test_a_packed_queue_can_be_made_smaller(packed_rig: Rig, size: int, result: int) -> None:
+    """4.1.4.3.2, 2.8.10.1: to any size but 0."""
+    packed_rig.negotiate(ALL_FEATURES | Feature.RING_PACKED)
+    packed_rig.write(Common.QUEUE_SIZE, 2, size)
+    assert packed_rig.read(Common.QUEUE_SIZE, 2) == result
+
+
+def test_a_queue_that_was_offered_as_packed_and_refused_is_a_split_one(packed_rig: Rig) -> None:
+    packed_rig.negotiate(ALL_FEATURES)
+    packed_rig.write(Common.QUEUE_SIZE, 2, 100)
+    assert packed_rig.read(Common.QUEUE_SIZE, 2) == 256
+
+
 def test_addresses_are_64_bits_in_two_halves(rig: Rig) -> None:
     rig.write64(Common.QUEUE_DESC, 0x1122_3344_5566_7788)
     assert rig.read(Common.QUEUE_DESC, 4) == 0x5566_7788

@@ -47,6 +47,11 @@ def test_a_disk_loses_nothing_when_its_worker_dies_that_is_all_in_python(room: R
     disk(replace(room, launcher=[*room.launcher, "--core=python"]), Plan(seed=13, times=15))
 
 
+def test_a_disk_on_a_packed_ring_loses_nothing_when_its_worker_dies(room: Room) -> None:
+    launcher, fragile = ([*command, "--rings=packed"] for command in (room.launcher, room.fragile))
+    disk(replace(room, launcher=launcher, fragile=fragile), Plan(seed=14, times=20, deaths=QUICK))
+
+
 def test_a_disk_loses_nothing_when_its_worker_is_stopped(room: Room) -> None:
     disk(room, Plan(seed=2, times=2, deaths=(Death.SIGSTOP,)))
 

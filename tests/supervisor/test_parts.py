@@ -9,7 +9,11 @@ import pytest
 from lguest_mp import demo
 from lguest_mp.config import BlockConfig, GuestConfig
 from lguest_mp.errors import LguestError
+from lguest_mp.memory import GuestMemory
 from lguest_mp.supervisor import parts
+from lguest_mp.virtio.device import Feature, QueueLayout
+from lguest_mp.virtio.ledger import Ledger
+from lguest_mp.virtio.packed import PackedQueue
 
 DEMO = demo.kernel()
 NONE = Path("/no/such/kernel")
@@ -62,3 +66,20 @@ def test_dev_lguest_is_opened_at_once() -> None:
 def test_dev_lguest_runs_no_pc() -> None:
     with pytest.raises(LguestError, match="runs lguest's own guests only"):
         parts.of(guest(DEMO, cpu="lguest", machine="pc"))
+
+
+def test_a_guest_of_lguests_own_has_split_rings() -> None:
+    with pytest.raises(LguestError, match=r"^--rings=packed: "):
+        parts.of(guest(DEMO, rings="packed"))
+
+
+def test_a_driver_that_accepts_packed_rings_gets_them() -> None:
+    memory, layout = GuestMemory(1 << 20), QueueLayout(16, 0x1000, 0x2000, 0x3000)
+    for rings, features, is_packed in (
+        ("packed", Feature.RING_PACKED, True),
+        ("packed", 0, False),
+        ("split", 0, False),
+    ):
+        make = parts.of(guest(NONE, rings=rings)).make_queue
+        queue = make(memory, layout, features, 0, 0, None, Ledger())
+        assert isinstance(queue, PackedQueue) is is_packed
