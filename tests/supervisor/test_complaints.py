@@ -196,10 +196,19 @@ def test_a_host_that_cannot_watch_a_child_has_none(ear: Ear, monkeypatch: pytest
     def fail(*_: object) -> NoReturn:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    forked = []
+    fork_ = os.fork
+
+    def fork() -> int:
+        forked.append(fork_())
+        return forked[-1]
+
     before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(os, "fork", fork)
     monkeypatch.setattr(Loop if what == "watch" else os, what, fail)
     with pytest.raises(LguestError, match="cannot fork child"):
         children.fork("child", lambda: 0, ear)
     assert os.listdir("/proc/self/fd") == before
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    for pid in forked:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
