@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lguest_mp.machine.eventloop import EventLoop
+from lguest_mp.machine.eventloop import EventLoop, Patience
 
 
 @pytest.fixture
@@ -157,6 +157,35 @@ def test_an_event_that_comes_as_the_help_ends_is_the_loops(loop: EventLoop, even
     os.eventfd_write(eventfd, 1)
     loop.start(unexpected)
     assert threads.get() == "events"
+
+
+def test_patience_grows_while_it_would_pay_and_ends_when_it_does_not() -> None:
+    patience = Patience(processors=2)
+    looked = []
+    for _ in range(6):
+        looked.append(patience.now)
+        patience.slept(waited=150_000)
+    assert looked == [0, 20_000, 40_000, 80_000, 160_000, 200_000]
+    patience.slept(waited=250_000)
+    assert patience.now == 0, "a guest that sleeps long is not looked after all the time"
+
+
+def test_nobody_is_patient_on_the_only_processor() -> None:
+    patience = Patience(processors=1)
+    patience.slept(waited=100)
+    assert patience.now == 0
+
+
+def test_what_comes_while_the_helper_still_looks_is_handled(loop: EventLoop, eventfd: int, wake: int) -> None:
+    calls: list[int] = []
+    loop.add_shared(eventfd, lambda: calls.append(1), select.EPOLLIN | select.EPOLLET)
+    loop._patience.now = 60 * 10**9
+    threading.Timer(0.01, os.eventfd_write, (eventfd, 1)).start()
+    loop.help(wake)
+    os.eventfd_write(wake, 1)
+    loop.help(wake)
+    assert calls == [1]
+    assert loop._patience.now == 60 * 10**9, "it did not sleep"
 
 
 def test_an_exception_is_the_helpers(loop: EventLoop, eventfd: int, wake: int) -> None:
