@@ -28,7 +28,7 @@ from lguest_mp.network import mac as addresses
 from lguest_mp.network.wire import LONGEST_FRAME
 
 if TYPE_CHECKING:
-    from lguest_mp.supervisor.loop import Loop
+    from lguest_mp.supervisor.loop import Loop, Timer
 
 #: So many are introduced at a time.
 MOST = 64
@@ -135,8 +135,9 @@ class Introducer:
         self._directory = directory
         self._loop = loop
         self._ours, self._workers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._pause: Timer | None = None
         try:
-            self._hear()
+            loop.watch(self._ours.fileno(), self._on_question)
         except OSError:
             self.close()
             raise
@@ -152,23 +153,14 @@ class Introducer:
 
     def close(self) -> None:
         """Does not answer any more. The loop may be closed by then."""
+        if self._pause is not None:
+            self._pause.cancel()
         self._ours.close()
         self._workers.close()
 
-    def _hear(self) -> None:
-        self._loop.watch(self._ours.fileno(), self._on_question)
-
-    def _hear_again(self) -> None:
-        if self._ours.fileno() < 0:
-            return
-        try:
-            self._hear()
-        except OSError:  # the host is short of memory now
-            self._loop.later(PAUSE, self._hear_again)
-
     def _on_question(self) -> None:
         self._loop.forget(self._ours.fileno())
-        self._loop.later(PAUSE, self._hear_again)
+        self._pause = self._loop.watch_later(PAUSE, self._ours.fileno(), self._on_question)
         with suppress(OSError):  # who does not take the answers has none
             question = self._ours.recv(_LONGEST_QUESTION + 1, socket.MSG_DONTWAIT)
             if _NUMBER.size <= len(question) <= _LONGEST_QUESTION and not (len(question) - _NUMBER.size) % 6:

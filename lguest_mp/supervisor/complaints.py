@@ -48,8 +48,7 @@ class Complaints:
             self._log.forgive(self._name)
         if self._pause is not None:
             self._pause.cancel()
-        else:
-            self._loop.forget(self._fd)
+        self._loop.forget(self._fd)
         for _ in range(LAST_WORDS // AT_A_TIME):
             if not self._take():
                 break  # nothing more, whether or not somebody else still has the other end
@@ -62,14 +61,7 @@ class Complaints:
         if taken in {0, AT_A_TIME}:  # it has closed it, or has much to say
             self._loop.forget(self._fd)
         if taken == AT_A_TIME:
-            self._pause = self._loop.later(PAUSE, self._go_on)
-
-    def _go_on(self) -> None:
-        self._pause = None
-        try:
-            self._loop.watch(self._fd, self._read)
-        except OSError:  # the host is short of memory now
-            self._pause = self._loop.later(PAUSE, self._go_on)
+            self._pause = self._loop.watch_later(PAUSE, self._fd, self._read)
 
     def _take(self) -> int | None:
         """Reads once and tells all whole lines; how many bytes there were, 0 at the end, None: nothing now."""

@@ -49,6 +49,18 @@ class Loop:
         """Has ``react`` called whenever ``fd`` is readable; before all others if ``first``."""
         self._selector.register(fd, selectors.EVENT_READ, (not first, react))
 
+    def watch_later(self, seconds: float, fd: int, react: Callable[[], None]) -> Timer:
+        """Watches ``fd`` in so many seconds; while the host has no memory for that, in so many more."""
+
+        def attempt() -> None:
+            try:
+                self.watch(fd, react)
+            except OSError:
+                self._push(timer, seconds, attempt)
+
+        timer = self.later(seconds, attempt)
+        return timer
+
     def forget(self, fd: int) -> None:
         """Ends that; does nothing if it has ended."""
         if fd in self._selector.get_map():
@@ -66,9 +78,13 @@ class Loop:
     def later(self, seconds: float, react: Callable[[], None]) -> Timer:
         """Has ``react`` called once in so many seconds."""
         self._number += 1
-        timer = Timer(time.monotonic() + seconds, self._number, react)
-        heapq.heappush(self._timers, timer)
+        timer = Timer(0.0, self._number, None)
+        self._push(timer, seconds, react)
         return timer
+
+    def _push(self, timer: Timer, seconds: float, react: Callable[[], None]) -> None:
+        timer.due, timer.react = time.monotonic() + seconds, react
+        heapq.heappush(self._timers, timer)
 
     def wait(self, timeout: float | None = None) -> None:
         """Waits for at most ``timeout`` seconds (None: for ever), and has everybody called who is to be called."""
