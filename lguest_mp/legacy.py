@@ -6,7 +6,9 @@ since the environment is anybody's, and a number in it may be any file of this p
 
 from __future__ import annotations
 
+import fcntl
 import os
+from contextlib import suppress
 
 
 def leave(variable: str, *fds: int) -> None:
@@ -25,3 +27,12 @@ def take(variable: str) -> tuple[int, ...]:
     except (ValueError, OverflowError, OSError):
         return ()
     return fds
+
+
+def take_sealed(variable: str, seals: int) -> int | None:
+    """The file that was left under this name, if it is a memfd with just these seals; None: it is not, or was not."""
+    for fd in take(variable):
+        with suppress(OSError):  # somebody else's file
+            if fcntl.fcntl(fd, fcntl.F_GET_SEALS) == seals:
+                return fd
+    return None

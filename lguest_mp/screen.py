@@ -71,9 +71,9 @@ _VARIABLE = "LGUEST_SCREEN"
 
 def create() -> int:
     """A screen: a file descriptor, closed on exec. It is the one that was handed on, or a new one. OSError."""
-    for fd in legacy.take(_VARIABLE):
-        if _is_screen(fd):
-            return fd
+    left = legacy.take_sealed(_VARIABLE, _SEALS)
+    if left is not None and os.fstat(left).st_size == SIZE:
+        return left
     fd = os.memfd_create("lguest-screen", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, SIZE)
@@ -87,13 +87,6 @@ def create() -> int:
 def hand_on(fd: int) -> None:
     """Leaves the screen to the program that this process executes next; ``fd`` itself stays its owner's. OSError."""
     legacy.leave(_VARIABLE, os.dup(fd))
-
-
-def _is_screen(fd: int) -> bool:
-    try:
-        return os.fstat(fd).st_size == SIZE and fcntl.fcntl(fd, fcntl.F_GET_SEALS) == _SEALS
-    except OSError:
-        return False
 
 
 class ScreenWriter:

@@ -203,14 +203,13 @@ class Log:
 
     def take_over(self) -> None:
         """Keeps what the last program has said, too."""
-        for fd in legacy.take(_VARIABLE):
-            with suppress(OSError, ValueError, TypeError):
-                if fcntl.fcntl(fd, fcntl.F_GET_SEALS) != _SEALS:
-                    continue  # somebody else's file
-                with open(fd) as file:
-                    file.seek(0)
-                    for seconds, level, source, text in json.load(file):
-                        self._keep(Entry(float(seconds), int(level), str(source), str(text)))
+        fd = legacy.take_sealed(_VARIABLE, _SEALS)
+        if fd is None:
+            return
+        with suppress(OSError, ValueError, TypeError), open(fd) as file:
+            file.seek(0)
+            for seconds, level, source, text in json.load(file):
+                self._keep(Entry(float(seconds), int(level), str(source), str(text)))
 
     # ---- Asking what was said ----
 
