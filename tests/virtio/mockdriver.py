@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from lguest_mp import core
 from lguest_mp.codemap import WriteWatch
+from lguest_mp.errors import DeviceProtocolError
 from lguest_mp.memory import GuestMemory
 from lguest_mp.virtio import fence
 from lguest_mp.virtio.device import Device, Feature, QueueLayout
@@ -364,3 +365,24 @@ def align(address: int, alignment: int) -> int:
 
 #: Makes drivers that are closed after the test (the fixture ``new_driver``); its arguments are MockDriver's.
 DriverFactory = Callable[..., MockDriver]
+
+
+def layout_error(queue: type[Queue], layout: QueueLayout) -> str | None:
+    """The section of the standard by which such a layout in a MiB of memory is refused; None: it is not."""
+    kick, call = os.eventfd(0), os.eventfd(0)
+    try:
+        queue(GuestMemory(1 << 20), layout, ALL, kick, call)
+    except DeviceProtocolError as error:
+        return error.section
+    finally:
+        os.close(kick)
+        os.close(call)
+    return None
+
+
+def require_untouched(memory: GuestMemory, before: bytes, allowed: Sequence[tuple[int, int]]) -> None:
+    """Memory is what it was ``before``, except in the ``allowed`` ranges (offset, length)."""
+    after = bytearray(memory.view)
+    for offset, length in allowed:
+        after[offset : offset + length] = before[offset : offset + length]
+    assert after == before

@@ -16,7 +16,7 @@ import pytest
 from fakewire import FakeWire
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mockdriver import ALL, INDIRECT, NEXT, WRITE, Context, Idle, IdlingQueue, MockDriver
+from mockdriver import ALL, INDIRECT, NEXT, WRITE, Context, Idle, IdlingQueue, MockDriver, require_untouched
 from ringstrategies import BUFFERS, MEMORY, SECTORS, SIZE, rings
 
 from lguest_mp.errors import DeviceProtocolError
@@ -172,10 +172,7 @@ def test_a_device_writes_only_what_it_was_offered(
         device, queue_index = devices[which]
         with suppress(DeviceProtocolError, Idle):
             device.serve(queue_index, queue, Context())
-    after = bytearray(memory.view)
-    for offset, length in queue.allowed:
-        after[offset : offset + length] = before[offset : offset + length]
-    assert after == before
+    require_untouched(memory, before, queue.allowed)
 
 
 @settings(max_examples=300)
@@ -216,8 +213,5 @@ def test_a_network_device_writes_only_what_it_was_offered(  # noqa: PLR0917 -- w
         before = bytes(memory.view)
         with suppress(DeviceProtocolError, Idle):
             Net("net0", wire, bytes(6)).serve(queue_index, queue, Context())
-    after = bytearray(memory.view)
-    for offset, length in queue.allowed:
-        after[offset : offset + length] = before[offset : offset + length]
-    assert after == before
+    require_untouched(memory, before, queue.allowed)
     assert all(len(each) <= LONGEST_FRAME for each in wire.sent)

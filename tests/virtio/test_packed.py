@@ -5,10 +5,10 @@ All else is tested for both, with what the devices do on them (``of`` in conftes
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
+import mockdriver
 import pytest
 from mockdriver import ALL, INDIRECT, NEXT, WRITE, Descriptor
 from packeddriver import AVAIL, DESC, DISABLE, ENABLE, USED, PackedDriver
@@ -257,15 +257,7 @@ class TestNotifications:
 
 
 def layout_error(size: int, *places: int) -> str | None:
-    kick, call = os.eventfd(0), os.eventfd(0)
-    try:
-        PackedQueue(GuestMemory(MIB), QueueLayout(size, *places), ALL, kick, call)
-    except DeviceProtocolError as error:
-        return error.section
-    finally:
-        os.close(kick)
-        os.close(call)
-    return None
+    return mockdriver.layout_error(PackedQueue, QueueLayout(size, *places))
 
 
 class TestLayout:

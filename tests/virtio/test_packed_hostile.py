@@ -11,7 +11,7 @@ import pytest
 from fakewire import FakeWire
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mockdriver import ALL, INDIRECT, NEXT, WRITE, Context, Descriptor, Idle, IdlingQueue
+from mockdriver import ALL, INDIRECT, NEXT, WRITE, Context, Descriptor, Idle, IdlingQueue, require_untouched
 from packeddriver import AVAIL, USED, PackedDriver
 from ringstrategies import (
     BUFFERS,
@@ -232,7 +232,4 @@ def test_a_device_writes_only_what_it_was_offered(  # noqa: PLR0917 -- what hypo
         before = bytes(memory.view)
         with suppress(DeviceProtocolError, Idle):
             device.serve(index, queue, Context())
-    after = bytearray(memory.view)
-    for offset, length in queue.allowed:
-        after[offset : offset + length] = before[offset : offset + length]
-    assert after == before
+    require_untouched(memory, before, queue.allowed)

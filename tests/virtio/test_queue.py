@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Callable, Sequence
 
 import pytest
-from mockdriver import ALL, INDIRECT, NEXT, WRITE, Descriptor, DriverFactory, Idle, MockDriver
+from mockdriver import INDIRECT, NEXT, WRITE, Descriptor, DriverFactory, Idle, MockDriver, layout_error
 
 from lguest_mp import core
 from lguest_mp.errors import DeviceProtocolError
@@ -366,42 +365,30 @@ class TestLayout:
 
     @pytest.mark.parametrize("size", [0, 3, 24, 65536, 1 << 40, -16])
     def test_the_size_is_a_power_of_two(self, of: str, size: int) -> None:
-        assert _layout_error(of, QueueLayout(size, 0x1000, 0x2000, 0x3000)) == "2.7"
+        assert layout_error(core.queue(of), QueueLayout(size, 0x1000, 0x2000, 0x3000)) == "2.7"
 
     @pytest.mark.parametrize("layout", [(0x1008, 0x2000, 0x3000), (0x1000, 0x2001, 0x3000), (0x1000, 0x2000, 0x3002)])
     def test_parts_are_aligned(self, of: str, layout: tuple[int, int, int]) -> None:
-        assert _layout_error(of, QueueLayout(16, *layout)) == "2.7.1"
+        assert layout_error(core.queue(of), QueueLayout(16, *layout)) == "2.7.1"
 
     @pytest.mark.parametrize("alignment_is_enough", [(0x1010, 0x2002, 0x3004)])
     def test_and_no_more_than_that(self, of: str, alignment_is_enough: tuple[int, int, int]) -> None:
-        assert _layout_error(of, QueueLayout(16, *alignment_is_enough)) is None
+        assert layout_error(core.queue(of), QueueLayout(16, *alignment_is_enough)) is None
 
     @pytest.mark.parametrize("part", [0, 1, 2])
     @pytest.mark.parametrize("address", [MIB, MIB - 16, (1 << 64) - 16, 3 << 30, 1 << 63])
     def test_parts_lie_in_memory(self, of: str, part: int, address: int) -> None:
         places = [0x1000, 0x2000, 0x3000]
         places[part] = address
-        assert _layout_error(of, QueueLayout(16, *places)) == "2.7"
+        assert layout_error(core.queue(of), QueueLayout(16, *places)) == "2.7"
 
     def test_up_to_the_last_byte(self, of: str) -> None:
-        assert _layout_error(of, QueueLayout(16, MIB - 256, 0x2000, 0x3000)) is None
-        assert _layout_error(of, QueueLayout(16, 0x1000, MIB - 38, 0x3000)) is None
-        assert _layout_error(of, QueueLayout(16, 0x1000, 0x2000, MIB - 136)) is None
-        assert _layout_error(of, QueueLayout(16, MIB - 240, 0x2000, 0x3000)) == "2.7"
-        assert _layout_error(of, QueueLayout(16, 0x1000, MIB - 36, 0x3000)) == "2.7"
-        assert _layout_error(of, QueueLayout(16, 0x1000, 0x2000, MIB - 132)) == "2.7"
-
-
-def _layout_error(of: str, layout: QueueLayout) -> str | None:
-    kick, call = os.eventfd(0), os.eventfd(0)
-    try:
-        core.queue(of)(GuestMemory(MIB), layout, ALL, kick, call)
-    except DeviceProtocolError as error:
-        return error.section
-    finally:
-        os.close(kick)
-        os.close(call)
-    return None
+        assert layout_error(core.queue(of), QueueLayout(16, MIB - 256, 0x2000, 0x3000)) is None
+        assert layout_error(core.queue(of), QueueLayout(16, 0x1000, MIB - 38, 0x3000)) is None
+        assert layout_error(core.queue(of), QueueLayout(16, 0x1000, 0x2000, MIB - 136)) is None
+        assert layout_error(core.queue(of), QueueLayout(16, MIB - 240, 0x2000, 0x3000)) == "2.7"
+        assert layout_error(core.queue(of), QueueLayout(16, 0x1000, MIB - 36, 0x3000)) == "2.7"
+        assert layout_error(core.queue(of), QueueLayout(16, 0x1000, 0x2000, MIB - 132)) == "2.7"
 
 
 def _readable(driver: MockDriver) -> Descriptor:
