@@ -107,10 +107,12 @@ class Guest:
         with self._opened:
             try:
                 self._connect()
+                self._fork_machine()
+                self._devices = self._make_devices()
             except OSError as error:
+                if self._machine is not None:
+                    children.end_all([self._machine], self._grace)
                 raise LguestError(f"cannot make the guest's channels: {error.strerror}") from error
-            self._fork_machine()
-            self._devices = self._make_devices()
             try:
                 entry = self._start()
                 while self._ending is None:
@@ -432,9 +434,9 @@ class Guest:
             self._show_table()
 
     def _show_table(self) -> None:
-        members = [("supervisor", os.getpid()), *((child.name, child.pid) for child in self._children())]
         from lguest_mp.supervisor import processes  # noqa: PLC0415 -- which is there by now
 
+        members = [("supervisor", os.getpid()), *((child.name, child.pid) for child in self._children())]
         for line in processes.table(members):
             self._resources.log.say(line)
 

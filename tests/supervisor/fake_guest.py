@@ -8,6 +8,7 @@ wants the test to know it prints, one line each.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -233,6 +234,11 @@ def hang(machine: Machine) -> None:
     for device in (CONSOLE, BLOCK):
         machine.make_ready(device)
     say("up", os.getpid(), machine.pid(CONSOLE, 0), machine.pid(CONSOLE, 1), machine.pid(BLOCK))
+    wait_for_the_end()
+
+
+def short_of_memory(machine: Machine) -> None:
+    """The machine is forked when it turns out that the host has no memory for a queue's ledger."""
     wait_for_the_end()
 
 
@@ -621,7 +627,7 @@ SCENARIOS: dict[str, Callable[[Machine], None]] = {
             reboots,
             reboots_in_place,
         ),
-        reboots_with_one_left_behind,
+        *(reboots_with_one_left_behind, short_of_memory),
     )
 } | {f"worker_{order.name.lower()}": _order_block(order) for order in Order}
 
@@ -682,10 +688,16 @@ class UndyingChild(Child):
         return super().has_ended(timeout) and not self.name.startswith("mule0")
 
 
+def refuse_memory(_ledger: Ledger) -> NoReturn:
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
 def main() -> int:
     scenario, *arguments = sys.argv[1:]
     if scenario == reboots_with_one_left_behind.__name__:
         children.Child = UndyingChild  # type: ignore[misc]
+    if scenario == short_of_memory.__name__:
+        Ledger.__init__ = refuse_memory  # type: ignore[assignment, method-assign]
     try:
         return cli.conclude(run(cli.parse(arguments), parts(scenario), GRACE))
     except LguestError as error:

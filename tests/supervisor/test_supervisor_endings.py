@@ -102,6 +102,7 @@ def test_a_machine_that_breaks_the_protocol_is_a_dead_guest(launch: Launch, scen
         ("no_engine", "unicorn 2.1.4 is needed"),
         ("cannot", "this host is no good"),
         ("broken_engine", "the machine process exited with status 70"),
+        ("short_of_memory", "cannot make the guest's channels: Cannot allocate memory"),
     ],
 )
 def test_a_machine_that_cannot_start(launch: Launch, scenario: str, line: str) -> None:
