@@ -118,7 +118,7 @@ class HostCounter:
 
 
 #: Fractional bits of a rate.
-_RATE_BITS = 48
+RATE_BITS = 48
 
 
 class HostClock:
@@ -129,15 +129,17 @@ class HostClock:
         self._wait = wait
         #: Where the next baseline begins.
         self._since = counter.sample()
-        #: A point of the line, and nanoseconds per count with _RATE_BITS of fraction.
+        #: A point of the line, and nanoseconds per count with RATE_BITS of fraction.
         self._line: tuple[int, int, int] | None = None
         #: Whether the rate comes from a long enough baseline to be kept until there is another one.
         self._settled = False
+        #: Told of each new line: a value of the counter, CLOCK_MONOTONIC then, and the rate with RATE_BITS of fraction.
+        self.line_drawn: Callable[[int, int, int], None] = _nobody_asks
 
     @property
     def rate(self) -> float:
         """Nanoseconds per count."""
-        return self._known_line()[2] / (1 << _RATE_BITS)
+        return self._known_line()[2] / (1 << RATE_BITS)
 
     @property
     def tsc_khz(self) -> int:
@@ -147,7 +149,7 @@ class HostClock:
     def monotonic_ns(self, tsc: int) -> int:
         """CLOCK_MONOTONIC, in nanoseconds, at that value of the counter."""
         base, ns, rate = self._line or self._known_line()
-        return ns + ((tsc - base) * rate >> _RATE_BITS)
+        return ns + ((tsc - base) * rate >> RATE_BITS)
 
     def refine(self) -> Sample:
         """Takes a pair and draws the line through it; gives it back."""
@@ -162,6 +164,7 @@ class HostClock:
             self._settled = False
             return self.refine()
         self._line = (sample.tsc, sample.ns, self._measure(sample))
+        self.line_drawn(*self._line)
         return sample
 
     def _measure(self, sample: Sample) -> int:
@@ -171,7 +174,7 @@ class HostClock:
         old = self._line
         if old is not None and self._settled and baseline < _BASELINE:
             return old[2]
-        rate = (baseline << _RATE_BITS) // (sample.tsc - since.tsc)
+        rate = (baseline << RATE_BITS) // (sample.tsc - since.tsc)
         if baseline >= _BASELINE:
             self._since = sample
             self._settled = True
@@ -313,3 +316,7 @@ class GuestClock:
             self._memory.write(address, layout.pack(*values))
         except GuestAddressError:
             return
+
+
+def _nobody_asks(_tsc: int, _ns: int, _rate: int) -> None:
+    """Before somebody draws the line as well."""

@@ -6,18 +6,44 @@ That is the local APIC with its timer, the clock that the guest is told, and wha
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from lguest_mp.cpu.engine import CpuidResult
 from lguest_mp.machine import clock, lapic
 from lguest_mp.machine.clock import GuestClock, HostClock, HostCounter
 from lguest_mp.machine.cpuid import cpuid
+from lguest_mp.machine.eventloop import EventLoop
+from lguest_mp.machine.exits import ExitCount
 from lguest_mp.machine.lapic import LocalApic
 from lguest_mp.machine.lock import BoardLock
 from lguest_mp.machine.pc import Pc
+from lguest_mp.machine.shortcuts import MakeShortcuts
 from lguest_mp.machine.timer import HostTimer
 from lguest_mp.machine.wiring import DevicePort
 from lguest_mp.memory import GuestMemory
+
+
+class Board(NamedTuple):
+    """What is hot of a board: all that an interrupt passes on its way to the CPU.
+
+    ``count_unseen`` adds what the guest needed it for without passing by :class:`CountedPlatform`.
+    """
+
+    lock: BoardLock
+    local_apic: LocalApic
+    loop: EventLoop
+    make_shortcuts: MakeShortcuts | None
+    count_unseen: Callable[[ExitCount], None] | None
+
+
+MakeBoard = Callable[[HostTimer, HostClock], Board]
+
+
+def specified_board(timer: HostTimer, clock: HostClock) -> Board:
+    """In Python: how it should be."""
+    lock = BoardLock()
+    return Board(lock, LocalApic(lock, timer, clock), EventLoop(), None, None)
 
 
 class EmbeddedPc(Pc):
@@ -31,14 +57,27 @@ class EmbeddedPc(Pc):
         events: socket.socket,
         input_fd: int | None,
         output_fd: int,
+        make_board: MakeBoard = specified_board,
     ) -> None:
+        """``make_board``: makes what is hot of the board, here or in the compiled core (``compiled.py``)."""
         # First of all, because the frequency of the time stamp counter is the better known the longer ago this was.
         self._host_clock = HostClock(HostCounter())
         self._guest_clock = GuestClock(memory, self._host_clock)
-        lock = BoardLock()
         self._timer = HostTimer()
-        self._local_apic = LocalApic(lock, self._timer, self._host_clock)
-        super().__init__(devices, requests, events, input_fd, output_fd, lock, self._local_apic)
+        board = make_board(self._timer, self._host_clock)
+        self._local_apic = board.local_apic
+        super().__init__(
+            devices,
+            requests,
+            events,
+            input_fd,
+            output_fd,
+            board.lock,
+            board.local_apic,
+            board.loop,
+            board.make_shortcuts,
+            board.count_unseen,
+        )
         self._local_apic.connect(self._io_apic.end_of_interrupt)
         self._loop.add_shared(self._timer.fd, self._on_timer)
 

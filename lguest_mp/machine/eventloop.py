@@ -87,9 +87,7 @@ class EventLoop:
         Returns when some have been called, or when ``wake`` was readable, an eventfd that is read here. It is always
         the same one, and so is the thread.
         """
-        if self._helper_wake is None:
-            self._helper_wake = wake
-            self._helpers.register(wake, select.EPOLLIN)
+        self._become_helper(wake)
         self._epoll.modify(self._shared, 0)
         try:
             for fd, _ in self._wait_helping():
@@ -99,6 +97,11 @@ class EventLoop:
                     self._take_shared()
         finally:
             self._epoll.modify(self._shared, select.EPOLLIN)
+
+    def _become_helper(self, wake: int) -> None:
+        if self._helper_wake is None:
+            self._helper_wake = wake
+            self._helpers.register(wake, select.EPOLLIN)
 
     def _wait_helping(self) -> list[tuple[int, int]]:
         """What :meth:`help` waits for: looked for again and again for a moment, if that is worth it, then slept for."""
@@ -166,13 +169,17 @@ class EventLoop:
 
     def step(self, timeout: float | None = 0) -> None:
         """Waits once and calls the handlers of all that is ready; ``timeout`` in seconds, None: as long as it takes."""
-        for fd, _ in self._epoll.poll(timeout):
+        for fd, _ in self._wait(timeout):
             if (handler := self._handlers.get(fd)) is not None:
                 handler()
             elif fd == self._wake:
                 os.eventfd_read(self._wake)
         if self._later:
             self._call_due()
+
+    def _wait(self, timeout: float | None) -> list[tuple[int, int]]:
+        """What is ready, as epoll says it."""
+        return self._epoll.poll(timeout)
 
     def _timeout(self) -> float | None:
         with self._lock:

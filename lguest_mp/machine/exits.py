@@ -1,9 +1,9 @@
 """How often the guest needed the machine, and for what: the table that ``lguest --verbose`` shows at its end.
 
-An *exit* is whatever leaves the engine for Python: a port, memory that is none, CPUID, a model-specific register, an
-interrupt that is taken, HLT. On the embedded CPU each costs some microseconds. To count them costs a fraction of that,
-and is done only when it is asked for: :class:`CountedHardware` stands between the engine and the machine then. (What
-KVM does by itself is no exit here.)
+An *exit* is whatever leaves the guest's code for the machine: a port, memory that is none, CPUID, a model-specific
+register, an interrupt that is taken, HLT. In Python each costs a microsecond or so. To count them costs a fraction of
+that, and is done only when it is asked for: :class:`CountedHardware` stands between the engine and the machine then.
+The compiled core counts its own, and they are added at the end. (What KVM does by itself is no exit here.)
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class ExitCount:
     def __init__(self) -> None:
         self._counts: dict[Cause, int] = {}
 
-    def add(self, kind: str, where: int = 0) -> None:
-        """One more."""
+    def add(self, kind: str, where: int = 0, count: int = 1) -> None:
+        """So many more."""
         cause = Cause(kind, where)
         counts = self._counts
         if cause not in counts and len(counts) >= MOST_CAUSES:
             cause = _OTHERS
-        counts[cause] = counts.get(cause, 0) + 1
+        counts[cause] = counts.get(cause, 0) + count
 
     def table(self, name: Callable[[Cause], str]) -> list[str]:
         """Lines for a person, the most frequent first; causes of one name are one."""

@@ -10,9 +10,11 @@ from lguest_mp.config import GuestConfig
 from lguest_mp.cpu.engine import EntryState
 from lguest_mp.cpu.kvm.engine import KvmEngine
 from lguest_mp.cpu.kvm.needs import STACK
+from lguest_mp.machine.eventloop import EventLoop
 from lguest_mp.machine.exits import CountedHardware
 from lguest_mp.machine.lock import BoardLock
 from lguest_mp.machine.pc import Pc
+from lguest_mp.machine.shortcuts import DeviceShortcuts
 from lguest_mp.machine.wiring import DevicePort
 from lguest_mp.memory import GuestMemory
 
@@ -51,9 +53,13 @@ class KvmPc(Pc):
         input_fd: int | None,
         output_fd: int,
     ) -> None:
-        lock = BoardLock()
+        lock, loop = BoardLock(), EventLoop()
         interrupts = engine.interrupts
-        super().__init__(devices, requests, events, input_fd, output_fd, lock, interrupts, interrupts)
+
+        def make_shortcuts(port: DevicePort, first_line: int) -> DeviceShortcuts:
+            return DeviceShortcuts(interrupts, port, first_line, lock, loop)
+
+        super().__init__(devices, requests, events, input_fd, output_fd, lock, interrupts, loop, make_shortcuts)
         interrupts.connect(self._end_of_interrupt)
         engine.connect(self)
         self._look_for_halt = engine.look_for_halt

@@ -38,7 +38,7 @@ APIC_BASE_MSR = 0x1B
 TSC_DEADLINE_MSR = 0x6E0
 
 
-class _Reg:
+class Reg:
     """The registers' offsets in their page (SDM 3A, table 11-1)."""
 
     ID = 0x020
@@ -73,19 +73,19 @@ _SILENT = frozenset({0x090, 0x0C0})
 #: Version 0x14 (an integrated APIC), and the number of the last entry of the local vector table (seven of them).
 _VERSION_VALUE = 0x0006_0014
 
-_MASKED = 1 << 16
+MASKED = 1 << 16
 #: What software may set in each entry of the local vector table (SDM 3A, figure 11-8).
 _LVT_WRITABLE = {
-    _Reg.LVT_CMCI: 0x1_07FF,
-    _Reg.LVT_TIMER: 0x7_00FF,
-    _Reg.LVT_THERMAL: 0x1_07FF,
-    _Reg.LVT_PERFORMANCE: 0x1_07FF,
-    _Reg.LVT_LINT0: 0x1_A7FF,
-    _Reg.LVT_LINT1: 0x1_A7FF,
-    _Reg.LVT_ERROR: 0x1_00FF,
+    Reg.LVT_CMCI: 0x1_07FF,
+    Reg.LVT_TIMER: 0x7_00FF,
+    Reg.LVT_THERMAL: 0x1_07FF,
+    Reg.LVT_PERFORMANCE: 0x1_07FF,
+    Reg.LVT_LINT0: 0x1_A7FF,
+    Reg.LVT_LINT1: 0x1_A7FF,
+    Reg.LVT_ERROR: 0x1_00FF,
 }
 
-_SVR_ENABLED = 1 << 8
+SVR_ENABLED = 1 << 8
 _ERROR_SEND_ILLEGAL = 1 << 5
 _ERROR_RECEIVE_ILLEGAL = 1 << 6
 _ERROR_REGISTER = 1 << 7
@@ -95,8 +95,8 @@ _BASE_BSP = 1 << 8
 _BASE_ADDRESS = 0xF_FFFF_F000
 
 #: A message's data: trigger mode, and whether a level begins or ends (SDM 3A, 11.11.2).
-_MSI_LEVEL = 1 << 15
-_MSI_ASSERT = 1 << 14
+MSI_LEVEL = 1 << 15
+MSI_ASSERT = 1 << 14
 
 #: Fixed and lowest priority: the delivery modes that carry a vector to this CPU (table 11-18).
 _VECTORED_MODES = frozenset({0, 1})
@@ -155,7 +155,7 @@ class LocalApic:
         self._svr = 0xFF
         self._esr = self._errors = 0
         self._icr_low = self._icr_high = 0
-        self._lvt = dict.fromkeys(_LVT_WRITABLE, _MASKED)
+        self._lvt = dict.fromkeys(_LVT_WRITABLE, MASKED)
         self._divide_register = 0
         self._divisor = 2
         self._initial = 0
@@ -178,14 +178,14 @@ class LocalApic:
         ``address`` and ``data`` are as a device writes them. An address outside of 0xfeexxxxx would be a write to
         memory; it is dropped, and so is the message that a level has ended.
         """
-        if address >> 20 != 0xFEE or data & (_MSI_LEVEL | _MSI_ASSERT) == _MSI_LEVEL:
+        if address >> 20 != 0xFEE or data & (MSI_LEVEL | MSI_ASSERT) == MSI_LEVEL:
             return False
         return self._receive(
             destination=address >> 12 & 0xFF,
             logical=bool(address & 4),
             mode=data >> 8 & 7,
             vector=data & 0xFF,
-            level=bool(data & _MSI_LEVEL),
+            level=bool(data & MSI_LEVEL),
         )
 
     def deliver(self, *, pin: int, destination: int, logical: bool, mode: int, vector: int, level: bool) -> bool:
@@ -207,7 +207,7 @@ class LocalApic:
         return cluster in {0xF, mine >> 4} and destination & mine & 0xF != 0
 
     def _accept(self, vector: int, level: bool) -> bool:
-        if not self._svr & _SVR_ENABLED or self.page < 0:
+        if not self._svr & SVR_ENABLED or self.page < 0:
             return False
         if vector < 16:
             self._error(_ERROR_RECEIVE_ILLEGAL)
@@ -224,10 +224,10 @@ class LocalApic:
     def _error(self, error: int) -> None:
         if not self._errors & error:
             self._errors |= error
-            self._local(self._lvt[_Reg.LVT_ERROR])
+            self._local(self._lvt[Reg.LVT_ERROR])
 
     def _local(self, entry: int) -> None:
-        if not entry & _MASKED:
+        if not entry & MASKED:
             self._accept(entry & 0xFF, level=False)
 
     def _priority(self) -> int:
@@ -273,38 +273,38 @@ class LocalApic:
 
     def _read(self, offset: int) -> int:  # noqa: PLR0911, PLR0912 -- a table of registers
         match offset:
-            case _Reg.ID:
+            case Reg.ID:
                 return 0
-            case _Reg.VERSION:
+            case Reg.VERSION:
                 return _VERSION_VALUE
-            case _Reg.TPR:
+            case Reg.TPR:
                 return self._tpr
-            case _Reg.PPR:
+            case Reg.PPR:
                 return self._priority()
-            case _Reg.LDR:
+            case Reg.LDR:
                 return self._ldr
-            case _Reg.DFR:
+            case Reg.DFR:
                 return self._dfr
-            case _Reg.SVR:
+            case Reg.SVR:
                 return self._svr
-            case _Reg.ESR:
+            case Reg.ESR:
                 return self._esr
-            case _Reg.ICR_LOW:
+            case Reg.ICR_LOW:
                 return self._icr_low
-            case _Reg.ICR_HIGH:
+            case Reg.ICR_HIGH:
                 return self._icr_high
-            case _Reg.TIMER_INITIAL:
+            case Reg.TIMER_INITIAL:
                 return self._initial
-            case _Reg.TIMER_CURRENT:
+            case Reg.TIMER_CURRENT:
                 return self._remaining()
-            case _Reg.TIMER_DIVIDE:
+            case Reg.TIMER_DIVIDE:
                 return self._divide_register
-            case _ if _Reg.ISR <= offset < _Reg.TMR:
-                return self._isr >> (offset - _Reg.ISR) * 2 & 0xFFFF_FFFF
-            case _ if _Reg.TMR <= offset < _Reg.IRR:
-                return self._tmr >> (offset - _Reg.TMR) * 2 & 0xFFFF_FFFF
-            case _ if _Reg.IRR <= offset < _Reg.ESR:
-                return self._irr >> (offset - _Reg.IRR) * 2 & 0xFFFF_FFFF
+            case _ if Reg.ISR <= offset < Reg.TMR:
+                return self._isr >> (offset - Reg.ISR) * 2 & 0xFFFF_FFFF
+            case _ if Reg.TMR <= offset < Reg.IRR:
+                return self._tmr >> (offset - Reg.TMR) * 2 & 0xFFFF_FFFF
+            case _ if Reg.IRR <= offset < Reg.ESR:
+                return self._irr >> (offset - Reg.IRR) * 2 & 0xFFFF_FFFF
             case _ if offset in self._lvt:
                 return self._lvt[offset]
             case _ if offset not in _SILENT:
@@ -316,36 +316,36 @@ class LocalApic:
         if size != 4 or offset & 0xF:
             return
         with self._lock:
-            if offset == _Reg.EOI:
+            if offset == Reg.EOI:
                 self._end_of_interrupt()
             else:
                 self._write(offset, value)
 
     def _write(self, offset: int, value: int) -> None:  # noqa: PLR0912 -- a table of registers
         match offset:
-            case _Reg.TPR:
+            case Reg.TPR:
                 self._tpr = value & 0xFF
                 self._update()
-            case _Reg.LDR:
+            case Reg.LDR:
                 self._ldr = value & 0xFF00_0000
-            case _Reg.DFR:
+            case Reg.DFR:
                 self._dfr = value | 0x0FFF_FFFF
-            case _Reg.SVR:
+            case Reg.SVR:
                 self._svr = value & 0x1FF
-                if not self._svr & _SVR_ENABLED:
+                if not self._svr & SVR_ENABLED:
                     # Switched off by software, every local interrupt is masked (11.4.7.2).
                     for entry in self._lvt:
-                        self._lvt[entry] |= _MASKED
-            case _Reg.ESR:
+                        self._lvt[entry] |= MASKED
+            case Reg.ESR:
                 # A write shows what went wrong since the last one (11.5.3).
                 self._esr, self._errors = self._errors, 0
-            case _Reg.ICR_LOW:
+            case Reg.ICR_LOW:
                 self._send(value)
-            case _Reg.ICR_HIGH:
+            case Reg.ICR_HIGH:
                 self._icr_high = value & 0xFF00_0000
-            case _Reg.TIMER_INITIAL:
+            case Reg.TIMER_INITIAL:
                 self._start(value)
-            case _Reg.TIMER_DIVIDE:
+            case Reg.TIMER_DIVIDE:
                 self._set_divisor(value)
             case _ if offset in self._lvt:
                 self._write_lvt(offset, value)
@@ -354,10 +354,10 @@ class LocalApic:
 
     def _write_lvt(self, offset: int, value: int) -> None:
         value &= _LVT_WRITABLE[offset]
-        if not self._svr & _SVR_ENABLED:
-            value |= _MASKED
+        if not self._svr & SVR_ENABLED:
+            value |= MASKED
         self._lvt[offset] = value
-        if offset == _Reg.LVT_TIMER:
+        if offset == Reg.LVT_TIMER:
             self._set_mode(TimerMode(value >> 17 & 3))
 
     def _send(self, command: int) -> None:
@@ -437,7 +437,7 @@ class LocalApic:
             self._deadline = 0
             if self._mode is not TimerMode.PERIODIC:
                 self._counting = False
-            self._local(self._lvt[_Reg.LVT_TIMER])
+            self._local(self._lvt[Reg.LVT_TIMER])
 
     # Model-specific registers
 
@@ -460,7 +460,7 @@ class LocalApic:
             else:
                 self._timer.disarm()
                 self._deadline = 0
-                self._local(self._lvt[_Reg.LVT_TIMER])
+                self._local(self._lvt[Reg.LVT_TIMER])
 
     def read_base(self) -> int:
         """IA32_APIC_BASE."""

@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from lguest_mp import protocol
 from lguest_mp.bus.pci import ALL_ONES, WINDOW_SHIFT, IntxLines, PciBus
 from lguest_mp.bus.virtio_pci import VirtioPciFunction
-from lguest_mp.cpu.engine import DirectPaths, Engine, EntryState, GuestFault, GuestHalted, LocalApics
+from lguest_mp.cpu.engine import Engine, EntryState, GuestFault, GuestHalted, LocalApics
 from lguest_mp.errors import LguestError
 from lguest_mp.machine import clock, exits, lapic, power
 from lguest_mp.machine.control import Control, News, Supervisor, SupervisorGone, bug, live
@@ -48,7 +48,7 @@ from lguest_mp.machine.layout import (
 from lguest_mp.machine.lock import BoardLock
 from lguest_mp.machine.power import GuestEnd
 from lguest_mp.machine.serial import SerialPort
-from lguest_mp.machine.shortcuts import DeviceShortcuts
+from lguest_mp.machine.shortcuts import MachineShortcuts, MakeShortcuts
 from lguest_mp.machine.stdio import StandardInput, StandardOutput
 from lguest_mp.machine.wiring import DevicePort, console_line
 from lguest_mp.protocol import Died, Message, PowerOff
@@ -100,16 +100,20 @@ class Pc:
         output_fd: int,
         lock: BoardLock,
         local_apics: LocalApics,
-        paths: DirectPaths | None = None,
+        loop: EventLoop,
+        make_shortcuts: MakeShortcuts | None = None,
+        count_unseen: Callable[[ExitCount], None] | None = None,
     ) -> None:
         """``input_fd`` and ``output_fd`` are the terminal; over the console's line others are attached to it.
 
-        ``paths``: the engine's ways between guest and workers past this process, if it has any.
+        ``make_shortcuts``: what knows ways between guest and workers past this code, if there are any.
+        ``count_unseen``: adds the exits that come by such ways.
         """
         self._supervisor = Supervisor(requests)
         self._engine: Engine | None = None
         self._exits: ExitCount | None = None
-        self._loop = EventLoop()
+        self._count_unseen = count_unseen
+        self._loop = loop
 
         self._lock = lock
         self._local_apics = local_apics
@@ -129,7 +133,7 @@ class Pc:
         line = 0
         for index, port in enumerate(devices):
             wires = _Wires(index + 1, local_apics, lines)
-            shortcuts = None if paths is None else DeviceShortcuts(paths, port, line, lock, self._loop)
+            shortcuts = None if make_shortcuts is None else make_shortcuts(port, line)
             self._functions.append(self._connect_device(index, port, wires, shortcuts))
             line += len(port.kicks)
         self._news = News(events, self._functions, self._take_input, self._release_input)
@@ -145,7 +149,7 @@ class Pc:
         self._loop.add(events.fileno(), self._news.hear)
 
     def _connect_device(
-        self, index: int, port: DevicePort, wires: _Wires, shortcuts: DeviceShortcuts | None
+        self, index: int, port: DevicePort, wires: _Wires, shortcuts: MachineShortcuts | None
     ) -> VirtioPciFunction:
         function = VirtioPciFunction(
             port.device,
@@ -308,6 +312,8 @@ class Pc:
     def _run_and_count(self, engine: Engine) -> Message:
         end = self._run_to_the_end(engine)
         if self._exits is not None:
+            if self._count_unseen is not None:
+                self._count_unseen(self._exits)
             for line in self._exits.table(self._cause):
                 self._supervisor.tell(protocol.Log(line, verbose=True))
         return end

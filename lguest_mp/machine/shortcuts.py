@@ -14,15 +14,28 @@ import os
 import select
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
+from lguest_mp.bus.virtio_pci import Shortcuts
 from lguest_mp.cpu.engine import DirectPaths
 from lguest_mp.machine.eventloop import EventLoop
 from lguest_mp.machine.lock import BoardLock
 from lguest_mp.machine.wiring import DevicePort
 
 
+class MachineShortcuts(Shortcuts, Protocol):
+    """The shortcuts of one device, as the machine has them."""
+
+    def connect(self, queue_interrupt: Callable[[int], None]) -> None:
+        """Who is told of interrupts that take no shortcut: all, to begin with."""
+
+
+#: Those of a device, and the number of its first queue, counted over all devices.
+MakeShortcuts = Callable[[DevicePort, int], MachineShortcuts]
+
+
 class DeviceShortcuts:
-    """The shortcuts of one device; see :class:`lguest_mp.bus.virtio_pci.Shortcuts`.
+    """Those that an engine has (a MachineShortcuts).
 
     ``first_line``: the number of its first queue, counted over all devices.
     """
@@ -38,7 +51,7 @@ class DeviceShortcuts:
         self._queue_interrupt: Callable[[int], None] = _nobody
 
     def connect(self, queue_interrupt: Callable[[int], None]) -> None:
-        """Who is told of interrupts that take no shortcut: all, to begin with."""
+        """See MachineShortcuts."""
         self._queue_interrupt = queue_interrupt
         for queue in range(len(self._port.calls)):
             self._watch(queue)

@@ -125,8 +125,12 @@ class UnicornEngine(UnicornCore, Engine):
         for start, end in holes:
             read, write = self._mmio_callbacks(start)
             self._callbacks += [read, write]
-            error = dll.uc_mmio_map(uc, start, end - start, read, None, write, None)
-            self._library.check(error, "mapping device memory")
+            self._map_hole(start, end - start, read, write)
+
+    def _map_hole(self, start: int, size: int, read: Any, write: Any, data: int | None = None) -> None:
+        """Has the library call ``read`` and ``write`` where there is no RAM; ``write`` is given ``data``."""
+        error = self._library.dll.uc_mmio_map(self._internals.uc, start, size, read, None, write, data)
+        self._library.check(error, "mapping device memory")
 
     def _mmio_callbacks(self, base: int) -> tuple[Any, Any]:
         fail, mmio_read, mmio_write = self._fail, self._platform.mmio_read, self._platform.mmio_write
