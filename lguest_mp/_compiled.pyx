@@ -69,6 +69,7 @@ cdef extern from *:
         }
     ACCESS(8)
     ACCESS(16)
+    ACCESS(32)
     ACCESS(64)
 
     static inline uint64_t monotonic_ns(void) {
@@ -88,9 +89,11 @@ cdef extern from *:
     int poll(pollfd *files, unsigned long count, int milliseconds) noexcept nogil
 
     uint16_t load16(const void *place) noexcept nogil
+    uint32_t load32(const void *place) noexcept nogil
     uint64_t load64(const void *place) noexcept nogil
     void store8(void *place, uint8_t value) noexcept nogil
     void store16(void *place, uint16_t value) noexcept nogil
+    void store32(void *place, uint32_t value) noexcept nogil
     void store64(void *place, uint64_t value) noexcept nogil
     void __sync_synchronize() noexcept nogil
     uint64_t monotonic_ns() noexcept nogil
@@ -893,3 +896,6 @@ cdef class FrameReceiver:
             return FAILED
         store64(&queue.fields[PROGRESS], so_far | <uint64_t>self.length << TAKEN_SHIFT)
         return FOUND if <uint64_t>self.length <= _size(queue.parts, count) else LONG
+
+
+include "_board.pxi"

@@ -45,7 +45,7 @@ Options, anywhere before '--':
   --cpu=<engine>      what executes the guest: kvm, the host's /dev/kvm; unicorn, the embedded CPU; lguest, the host's
                       /dev/lguest; auto, the default: KVM where it can run a stock kernel, the embedded CPU elsewhere
   --cpus=<n>          how many processors the guest has (on KVM)
-  --core=<core>       what serves the virtqueues: compiled, python; auto, the default: compiled, if it was built
+  --core=<core>       what serves queues and interrupts: compiled, python; auto, the default: compiled, if it was built
   --rings=<format>    the format of the virtqueues: split, the default; or packed, if the guest's driver accepts it
   --machine=<kind>    what the guest finds: pc, or lguest, which is for 32-bit kernels; otherwise what the kernel is for
   --on-crash=[<device>:]<policy>

@@ -1,7 +1,8 @@
-"""Which core serves the virtqueues: the compiled one, or the one in Python.
+"""Which core serves the virtqueues, and stands behind the embedded CPU: the compiled one, or the one in Python.
 
-Both do the same, byte for byte; Python's is the specification (``virtio/queue.py``), the compiled one is faster
-(``_compiled.pyx``). ``pip install`` compiles it where there is a C compiler, and leaves it out where there is none.
+Both do the same, byte for byte; Python's is the specification (``virtio/queue.py``, ``machine/embedded.py``), the
+compiled one is faster (``_compiled.pyx``, ``_board.pxi``). ``pip install`` compiles it where there is a C compiler, and
+leaves it out where there is none.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 #: What ``--core`` takes; ``auto`` is the compiled one if there is one.
 CHOICES = ("auto", "compiled", "python")
-_SOURCE = "_compiled.pyx"
+_SOURCES = ("_compiled.pyx", "_board.pxi")
 
 
 def missing() -> str | None:
@@ -27,8 +28,9 @@ def missing() -> str | None:
         return "was not built: pip found no C compiler, or no headers of Python (Debian's gcc and python3-dev)"
     except ImportError as error:
         return f"cannot be loaded: {error}"
-    if _is_newer(os.path.join(os.path.dirname(__file__), _SOURCE), _compiled.__file__):
-        return f"is older than its source {_SOURCE}: run pip install again"
+    for source in _SOURCES:
+        if _is_newer(os.path.join(os.path.dirname(__file__), source), _compiled.__file__):
+            return f"is older than its source {source}: run pip install again"
     return None
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 from guestkit.cache import cache_directory
+from lguest_mp import core
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("lguest", deadline=None)
@@ -35,6 +36,14 @@ def _no_ignored_signals() -> None:
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, ignore)
+
+
+@pytest.fixture(scope="session", params=["python", "compiled"])
+def core_kind(request: pytest.FixtureRequest) -> str:
+    """Each test that asks for it, or for what is made of it, is made for both cores."""
+    if request.param == "compiled" and (lacks := core.missing()):
+        pytest.skip(f"the compiled core {lacks}")
+    return str(request.param)
 
 
 @pytest.fixture(scope="session", autouse=True)

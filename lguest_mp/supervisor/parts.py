@@ -159,7 +159,7 @@ def _pc(config: GuestConfig, kvm: Verdict | None) -> Parts:
     """On KVM if that is good, or there and asked for; else on the embedded CPU."""
     if kvm is None:
         _require_one_cpu(config, "the embedded CPU")
-        return pc()
+        return pc(config.core)
     if config.cpu == "kvm":
         if kvm.file is None:
             raise LguestError(f"--cpu=kvm: {kvm.reason}; leave it out, and the embedded CPU runs the guest")
@@ -170,7 +170,7 @@ def _pc(config: GuestConfig, kvm: Verdict | None) -> Parts:
         return pc_on_kvm(kvm.file)
     kvm.discard()
     _require_one_cpu(config, "the embedded CPU", f"; KVM is not used: {kvm.reason}")
-    return replace(pc(), engine=f"the embedded CPU; KVM is not used: {kvm.reason}")
+    return replace(pc(config.core), engine=f"the embedded CPU; KVM is not used: {kvm.reason}")
 
 
 def _require_one_cpu(config: GuestConfig, what: str, why: str = "") -> None:
@@ -185,8 +185,8 @@ def _require_split_rings(config: GuestConfig) -> None:
         )
 
 
-def pc() -> Parts:
-    """A stock 64-bit Linux on a PC with virtio over PCI, its CPU embedded.
+def pc(core_choice: str = "auto") -> Parts:
+    """A stock 64-bit Linux on a PC with virtio over PCI, its CPU embedded. ``core_choice``: as ``--core`` has it.
 
     What workers run is imported here, in the supervisor: they all share it, and the root directory that they are
     forked into may hold no Python.
@@ -201,7 +201,7 @@ def pc() -> Parts:
         open_devices=_open_virtio_devices,
         make_watches=CodeMap,
         make_queue=Queue,
-        load_machine=_load_pc,
+        load_machine=partial(_load_pc, core_choice),
         machine_needs=needs.EMBEDDED,
     )
 
@@ -315,12 +315,12 @@ def _open_net(config: GuestConfig, wanted: NetConfig, number: int, user: User | 
     return Net(name, wire, address, mtu, offload=wanted.offload)
 
 
-def _load_pc() -> MachineBody:
+def _load_pc(core_choice: str) -> MachineBody:
     from lguest_mp.cpu.unicorn.internals import repaired_library  # noqa: PLC0415
-    from lguest_mp.machine.process import run_machine  # noqa: PLC0415
+    from lguest_mp.machine.process import of_core, run_machine  # noqa: PLC0415
 
     repaired_library()  # while there still is a file system to load it from
-    return run_machine
+    return partial(run_machine, of_core(core_choice))
 
 
 def _load_kvm(file: int) -> MachineBody:

@@ -15,7 +15,7 @@ import pytest
 from tinymachine import CODE, DATA
 from tinypc import CONFIG_VECTOR, DISK, MSIX_TABLE, NOTIFY, PIN, TinyPc, as_worker
 
-from lguest_mp import protocol
+from lguest_mp import core, protocol
 from lguest_mp.protocol import Died, Log, PowerOff, Reboot
 
 Assemble = Callable[[str], bytes]
@@ -47,8 +47,10 @@ def opened() -> Iterator[ExitStack]:
         yield stack
 
 
-@pytest.fixture(params=["unicorn", "kvm"])
+@pytest.fixture(params=["unicorn", "compiled", "kvm"])
 def pc(request: pytest.FixtureRequest, opened: ExitStack) -> TinyPc:
+    if request.param == "compiled" and (lacks := core.missing()):
+        pytest.skip(f"the compiled core {lacks}")
     return TinyPc(request.param, opened)
 
 

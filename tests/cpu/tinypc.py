@@ -52,7 +52,10 @@ class FakeDevice(Device):
 
 
 class TinyPc:
-    """The machine, its supervisor, and what the test is instead of workers. ``kind`` is ``unicorn`` or ``kvm``."""
+    """The machine, its supervisor, and what the test is instead of workers.
+
+    ``kind`` is ``unicorn``, ``compiled`` (the same with the compiled core's board) or ``kvm``.
+    """
 
     def __init__(self, kind: str, opened: ExitStack, cpus: int = 1) -> None:
         self._opened = opened
@@ -77,7 +80,7 @@ class TinyPc:
         self.pc, self.engine = (
             self._on_kvm(ports, requests, events, output, cpus)
             if kind == "kvm"
-            else self._on_unicorn(ports, requests, events, output)
+            else self._on_unicorn(ports, requests, events, output, kind)
         )
         opened.callback(self.pc.close)
 
@@ -91,16 +94,17 @@ class TinyPc:
         return fd
 
     def _on_unicorn(
-        self, ports: list[DevicePort], requests: socket.socket, events: socket.socket, output: int
+        self, ports: list[DevicePort], requests: socket.socket, events: socket.socket, output: int, kind: str
     ) -> tuple[Pc, Engine]:
-        from lguest_mp.cpu.unicorn.engine import UnicornEngine  # noqa: PLC0415
         from lguest_mp.machine.embedded import EmbeddedPc  # noqa: PLC0415
+        from lguest_mp.machine.process import of_core  # noqa: PLC0415
 
         code_map = CodeMap(self.memory, 0)
         self._opened.callback(code_map.close)
-        pc = EmbeddedPc(self.memory, ports, requests, events, None, output)
+        make_board, make_engine = of_core("compiled" if kind == "compiled" else "python")()
+        pc = EmbeddedPc(self.memory, ports, requests, events, None, output, make_board)
         self._record(pc)
-        engine = UnicornEngine(self.memory, pc, code_map)
+        engine = make_engine(self.memory, pc, code_map)
         self._opened.callback(engine.close)
         return pc, engine
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from lguest_mp.machine.eventloop import EventLoop
 from lguest_mp.machine.ioapic import IoApic
 from lguest_mp.machine.lapic import LocalApic
 from lguest_mp.machine.lock import BoardLock
@@ -54,21 +55,49 @@ class FakeTimer:
         return expired
 
 
+def make_lock(core_kind: str) -> BoardLock:
+    """A core's lock."""
+    if core_kind == "python":
+        return BoardLock()
+    from lguest_mp.machine.compiled import CompiledLock  # noqa: PLC0415 -- it may not have been built
+
+    return CompiledLock()
+
+
+def make_loop(core_kind: str, lock: BoardLock | None = None) -> EventLoop:
+    """A core's event loop; ``lock`` is of the same core."""
+    if core_kind == "python":
+        return EventLoop()
+    from lguest_mp.machine.compiled import CompiledLock, CompiledLoop  # noqa: PLC0415
+
+    lock = lock or CompiledLock()
+    assert isinstance(lock, CompiledLock)
+    return CompiledLoop(lock)
+
+
 @dataclass
 class Board:
-    """A local APIC and an I/O APIC, wired up, with the software enable bit set."""
+    """A local APIC and an I/O APIC, wired up, with the software enable bit set. ``core_kind``: whose."""
 
-    lock: BoardLock = field(default_factory=BoardLock)
+    core_kind: str
     time: FakeTime = field(default_factory=FakeTime)
     timer: FakeTimer = field(default_factory=FakeTimer)
     kicks: int = 0
 
     def __post_init__(self) -> None:
-        self.apic = LocalApic(self.lock, self.timer, self.time, self.time)
+        self.lock = make_lock(self.core_kind)
+        self.apic = self._make_apic()
         self.io_apic = IoApic(self.lock, self.apic)
         self.apic.connect(self.io_apic.end_of_interrupt)
         self.lock.kick = self._kick
         self.write(SVR, ENABLED)
+
+    def _make_apic(self) -> LocalApic:
+        if self.core_kind == "python":
+            return LocalApic(self.lock, self.timer, self.time, self.time)
+        from lguest_mp.machine.compiled import CompiledApic  # noqa: PLC0415
+
+        return CompiledApic(self.lock, self.timer, self.time, self.time)
 
     def _kick(self) -> None:
         assert not self.lock.locked()

@@ -10,13 +10,14 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from fakemachine import make_loop
 
 from lguest_mp.machine.eventloop import EventLoop, Patience
 
 
 @pytest.fixture
-def loop() -> Iterator[EventLoop]:
-    loop = EventLoop()
+def loop(core_kind: str) -> Iterator[EventLoop]:
+    loop = make_loop(core_kind)
     yield loop
     loop.stop()
     loop.close()

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from lguest_mp import core
 from lguest_mp.machine.layout import IO_APIC_PINS
 
 LEVEL = 1 << 15
@@ -17,8 +18,8 @@ PIN = 5
 
 
 @pytest.fixture
-def board() -> Board:
-    return Board()
+def board(core_kind: str) -> Board:
+    return Board(core_kind)
 
 
 def test_it_has_24_pins_all_masked(board: Board) -> None:
@@ -124,8 +125,8 @@ def test_lowest_priority_goes_to_the_only_cpu(board: Board) -> None:
         st.tuples(st.booleans(), st.integers(0, 0xFFF), st.sampled_from([1, 2, 4, 8]), st.integers(0, (1 << 64) - 1))
     )
 )
-def test_no_access_is_an_error_of_ours(accesses: list[tuple[bool, int, int, int]]) -> None:
-    board = Board()
+def test_no_access_is_an_error_of_ours(core_kind: str, accesses: list[tuple[bool, int, int, int]]) -> None:
+    board = Board(core_kind)
     for is_write, offset, size, value in accesses:
         if is_write:
             board.io_apic.write(offset & 0x50 if value & 1 else offset, size, value & (1 << 8 * size) - 1)
@@ -138,11 +139,12 @@ def test_no_access_is_an_error_of_ours(accesses: list[tuple[bool, int, int, int]
 class Levels(RuleBasedStateMachine):
     """A guest, and devices on level-triggered pins: as long as one asserts its wire, the guest hears of it."""
 
+    core_kind = "python"
     pins = st.integers(0, 3)
 
     @initialize()
     def wire(self) -> None:
-        self.board = Board()
+        self.board = Board(self.core_kind)
         self.masked = [False] * 4
         self.asserted = [False] * 4
         # Two of the pins share a vector.
@@ -199,4 +201,13 @@ class Levels(RuleBasedStateMachine):
         assert not any(self.board.redirection(pin) & REMOTE_IRR for pin in range(4))
 
 
+class CompiledLevels(Levels):
+    """The same on the compiled board."""
+
+    core_kind = "compiled"
+
+
 TestLevels = Levels.TestCase
+TestCompiledLevels = pytest.mark.skipif(core.missing() is not None, reason=f"the compiled core {core.missing()}")(
+    CompiledLevels.TestCase
+)

@@ -37,8 +37,8 @@ BASE = 0xFEE0_0900
 
 
 @pytest.fixture
-def board() -> Board:
-    return Board()
+def board(core_kind: str) -> Board:
+    return Board(core_kind)
 
 
 # What it says of itself
@@ -162,8 +162,8 @@ actions = st.lists(
 
 
 @given(actions)
-def test_every_interrupt_is_taken_by_priority_and_none_is_lost(actions: list[tuple[str, int]]) -> None:
-    board = Board()
+def test_every_interrupt_is_taken_by_priority_and_none_is_lost(core_kind: str, actions: list[tuple[str, int]]) -> None:
+    board = Board(core_kind)
     priority = 0
     requested: set[int] = set()
     in_service: list[int] = []
@@ -197,8 +197,10 @@ def test_every_interrupt_is_taken_by_priority_and_none_is_lost(actions: list[tup
 
 
 @given(actions)
-def test_the_cpu_is_kicked_whenever_an_interrupt_becomes_pending(actions: list[tuple[str, int]]) -> None:
-    board = Board()
+def test_the_cpu_is_kicked_whenever_an_interrupt_becomes_pending(
+    core_kind: str, actions: list[tuple[str, int]]
+) -> None:
+    board = Board(core_kind)
     for action, value in actions:
         before, kicks = board.apic.pending, board.kicks
         match action:
@@ -473,8 +475,8 @@ def test_switching_it_off_by_software_masks_the_local_vectors_for_good(board: Bo
         max_size=50,
     )
 )
-def test_no_access_is_an_error_of_ours(accesses: list[tuple[bool, int, int, int]]) -> None:
-    board = Board()
+def test_no_access_is_an_error_of_ours(core_kind: str, accesses: list[tuple[bool, int, int, int]]) -> None:
+    board = Board(core_kind)
     for is_write, offset, size, value in accesses:
         if is_write:
             board.apic.write(offset & (~0xF if value & 1 else ~0), size, value & (1 << 8 * size) - 1)

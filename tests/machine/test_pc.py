@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 
 from lguest_mp import protocol
 from lguest_mp.cpu.engine import Engine, EntryState, GuestFault, GuestHalted
-from lguest_mp.machine.embedded import EmbeddedPc
+from lguest_mp.machine.embedded import EmbeddedPc, MakeBoard
 from lguest_mp.machine.lapic import APIC_BASE_MSR, TSC_DEADLINE_MSR
 from lguest_mp.machine.layout import IO_APIC_BASE, LOCAL_APIC_BASE, PCI_WINDOW_FIRST, SERIAL_PORT
 from lguest_mp.machine.power import GuestEnd
+from lguest_mp.machine.process import of_core
 from lguest_mp.machine.wiring import DevicePort
 from lguest_mp.memory import GuestMemory
 from lguest_mp.protocol import Died, Interrupted, Log, Message, PowerOff, Reboot
@@ -34,6 +35,11 @@ from lguest_mp.worker import WorkerContext
 ENTRY = EntryState(rip=0x100_0000, rsi=0x2000, cr3=0x3000, gdt_base=0x1000, gdt_limit=31)
 CONSOLE, DISK = PCI_WINDOW_FIRST, PCI_WINDOW_FIRST + 0x8000
 ISR, NOTIFY, MSIX_TABLE = 0x1000, 0x3000, 0x4000
+
+
+def board_of(core_kind: str) -> MakeBoard:
+    """Makes a core's board."""
+    return of_core(core_kind)()[0]
 
 
 class FakeDevice(Device):
@@ -89,7 +95,7 @@ class FakeEngine(Engine):
 class Machine:
     """A machine with a console and a disk, its supervisor, and its guest's way of doing things."""
 
-    def __init__(self) -> None:
+    def __init__(self, core_kind: str = "python") -> None:
         self.requests, machine_requests = protocol.channel_pair()
         self.events, machine_events = protocol.channel_pair()
         self._ends = [self.requests, machine_requests, self.events, machine_events]
@@ -103,7 +109,9 @@ class Machine:
             for device in (FakeDevice("console", DeviceId.CONSOLE), FakeDevice("disk0", DeviceId.BLOCK))
         ]
         self.memory = GuestMemory(1 << 20)
-        self.pc = EmbeddedPc(self.memory, self.devices, machine_requests, machine_events, terminal, output)
+        self.pc = EmbeddedPc(
+            self.memory, self.devices, machine_requests, machine_events, terminal, output, board_of(core_kind)
+        )
         self.messages: list[Message] = []
         self.on_request: Callable[[Message], None] = lambda _message: None
         self.interrupted = threading.Event()
@@ -191,8 +199,8 @@ class Machine:
 
 
 @pytest.fixture
-def machine() -> Iterator[Machine]:
-    machine = Machine()
+def machine(core_kind: str) -> Iterator[Machine]:
+    machine = Machine(core_kind)
     yield machine
     machine.close()
 
@@ -580,8 +588,10 @@ VALUES = st.one_of(
 
 @given(st.lists(st.tuples(st.integers(0, 5), PLACES, st.sampled_from([1, 2, 4, 8]), VALUES), max_size=100))
 @settings(max_examples=60)
-def test_whatever_a_guest_accesses_it_harms_nobody_else(accesses: list[tuple[int, int, int, int]]) -> None:
-    machine = Machine()
+def test_whatever_a_guest_accesses_it_harms_nobody_else(
+    core_kind: str, accesses: list[tuple[int, int, int, int]]
+) -> None:
+    machine = Machine(core_kind)
     pc = machine.pc
 
     def access(kind: int, place: int, size: int, value: int) -> None:

@@ -20,7 +20,7 @@ from guestkit.packages import Packages
 from guestkit.progress import SetupError, step
 
 #: What pip compiles, where it can.
-_COMPILED = Path("lguest_mp", "_compiled.pyx")
+_COMPILED = (Path("lguest_mp", "_compiled.pyx"), Path("lguest_mp", "_board.pxi"))
 _CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
 
@@ -60,10 +60,10 @@ class Environment:
 
     def _state(self) -> str:
         """What an installation depends on: other than that, it is the checkout itself."""
-        project, source = self._checkout / "pyproject.toml", self._checkout / _COMPILED
-        content = hashlib.sha256(project.read_bytes() + source.read_bytes()).hexdigest()
-        built = sorted(path.name for path in source.parent.glob(f"{source.stem}.*.so"))
-        return " ".join([content, str(source.stat().st_mtime_ns), *built])
+        project, sources = self._checkout / "pyproject.toml", [self._checkout / each for each in _COMPILED]
+        content = hashlib.sha256(b"".join(file.read_bytes() for file in (project, *sources))).hexdigest()
+        built = sorted(path.name for path in sources[0].parent.glob(f"{sources[0].stem}.*.so"))
+        return " ".join([content, *(str(source.stat().st_mtime_ns) for source in sources), *built])
 
     def _show_core(self) -> None:
         lguest = str(self.python.with_name("lguest"))
