@@ -1,4 +1,4 @@
-"""What a process says about itself to Linux through prctl(2), by ctypes.
+"""What a process says about itself to Linux through prctl(2).
 
 Constants: include/uapi/linux/prctl.h.
 """
@@ -9,29 +9,39 @@ import ctypes
 import os
 import signal
 
+from lguest_mp import steps
+from lguest_mp.steps import Step
+
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 #: A comm has 15 characters and a zero byte (TASK_COMM_LEN).
 COMM_LENGTH = 15
 
-_libc = ctypes.CDLL(None, use_errno=True)
+_SYS_PRCTL = 157
+
+
+def step(option: int, argument: object, forgiven: tuple[int, ...] = ()) -> Step:
+    """prctl(option, argument, 0, 0, 0)."""
+    return Step(f"prctl({option})", (_SYS_PRCTL, option, argument, 0, 0, 0), forgiven)
 
 
 def call(option: int, argument: int) -> None:
-    """prctl(option, argument, 0, 0, 0), of the options that take a number; OSError."""
-    _prctl(option, ctypes.c_ulong(argument))
+    """The same at once; OSError."""
+    steps.make((step(option, argument),))
 
 
-def _prctl(option: int, argument: ctypes.c_ulong | ctypes.c_char_p) -> None:
-    unused = ctypes.c_ulong(0)
-    if _libc.prctl(option, argument, unused, unused, unused) != 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, f"prctl({option}): {os.strerror(errno)}")
+def comm(name: str) -> Step:
+    """Sets the name that ``top`` shows; what is longer than 15 bytes is cut."""
+    return step(PR_SET_NAME, ctypes.c_char_p(name.encode(errors="replace")[:COMM_LENGTH]))
 
 
 def set_comm(name: str) -> None:
-    """Sets the name that ``top`` shows; what is longer than 15 bytes is cut."""
-    _prctl(PR_SET_NAME, ctypes.c_char_p(name.encode(errors="replace")[:COMM_LENGTH]))
+    """The same at once."""
+    steps.make((comm(name),))
+
+
+#: Has Linux kill the process when its parent ends. Whose parent that is, is to be looked at afterwards.
+DIE_WITH_PARENT = step(PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def die_with_parent(parent: int) -> bool:
@@ -39,5 +49,5 @@ def die_with_parent(parent: int) -> bool:
 
     Linux forgets the request when the process changes its user or group: make it afterwards.
     """
-    call(PR_SET_PDEATHSIG, signal.SIGKILL)
+    steps.make((DIE_WITH_PARENT,))
     return os.getppid() == parent

@@ -8,6 +8,8 @@ launcher's start, and 0.5 MiB more in each worker. So the C module is loaded by 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from functools import partial
 from importlib.machinery import PathFinder
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
@@ -19,9 +21,9 @@ class Title:
     def __init__(self) -> None:
         self._module = _load()
 
-    def set(self, title: str) -> None:
-        """Sets the title, and the comm with it: to the title's first 15 bytes."""
-        self._module.setproctitle(title)
+    def setter(self, title: str) -> Callable[[], None]:
+        """What sets the title, and the comm with it: to the title's first 15 bytes."""
+        return partial(self._module.setproctitle, title)
 
 
 def _load() -> ModuleType:

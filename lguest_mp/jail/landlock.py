@@ -16,6 +16,10 @@ import errno
 import os
 import struct
 
+from lguest_mp import steps
+from lguest_mp.steps import Step
+
+_SYS_CLOSE = 3
 _SYS_CREATE_RULESET = 444
 _SYS_RESTRICT_SELF = 446
 _CREATE_RULESET_VERSION = 1 << 0
@@ -32,13 +36,12 @@ COMPLETE_ABI = 6
 #: struct landlock_ruleset_attr: rights on files, rights on ports, scopes; older kernels know the beginning of it.
 _RULESET = struct.Struct("=QQQ")
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
-
 
 def abi() -> int:
     """The version of this host's Landlock. OSError: ENOSYS, it has none; EOPNOTSUPP, it was not enabled at boot."""
-    return _call(_SYS_CREATE_RULESET, None, ctypes.c_size_t(0), _CREATE_RULESET_VERSION)
+    found = ctypes.c_int()
+    steps.make([Step("landlock", (_SYS_CREATE_RULESET, None, 0, _CREATE_RULESET_VERSION), into=found)])
+    return found.value
 
 
 def missing(error: OSError) -> str:
@@ -51,26 +54,19 @@ def missing(error: OSError) -> str:
     return f"is refused by this host: {os.strerror(error.errno or 0)}"
 
 
-class Ruleset:
-    """What remains: nothing that this host's Landlock, of version ``abi``, knows of. Made before a fork."""
+def restrict(abi: int) -> tuple[Step, ...]:
+    """The steps after which nothing remains that this host's Landlock, of version ``abi``, knows of.
 
-    def __init__(self, abi: int) -> None:
-        rights = (1 << max(count for since, count in _FILE_RIGHTS.items() if since <= abi)) - 1
-        ports = _TCP if abi >= _TCP_ABI else 0
-        scopes = _SCOPES if abi >= _SCOPES_ABI else 0
-        known = 24 if scopes else 16 if ports else 8
-        self._attribute = ctypes.create_string_buffer(_RULESET.pack(rights, ports, scopes)[:known], known)
-
-    def enter(self) -> None:
-        """Takes effect in this thread, and whatever it starts, for good. OSError. Needs no-new-privileges."""
-        ruleset = _call(_SYS_CREATE_RULESET, self._attribute, ctypes.c_size_t(len(self._attribute)), 0)
-        _call(_SYS_RESTRICT_SELF, ruleset, 0)
-        os.close(ruleset)
-
-
-def _call(number: int, *arguments: object) -> int:
-    result: int = _libc.syscall(number, *arguments)
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"landlock: {os.strerror(code)}")
-    return result
+    They take effect in the thread that makes them, and whatever it starts, for good, and need no-new-privileges.
+    """
+    rights = (1 << max(count for since, count in _FILE_RIGHTS.items() if since <= abi)) - 1
+    ports = _TCP if abi >= _TCP_ABI else 0
+    scopes = _SCOPES if abi >= _SCOPES_ABI else 0
+    known = 24 if scopes else 16 if ports else 8
+    attribute = ctypes.create_string_buffer(_RULESET.pack(rights, ports, scopes)[:known], known)
+    ruleset = ctypes.c_int()
+    return (
+        Step("landlock", (_SYS_CREATE_RULESET, ctypes.byref(attribute), known, 0), into=ruleset),
+        Step("landlock", (_SYS_RESTRICT_SELF, ruleset, 0)),
+        Step("landlock", (_SYS_CLOSE, ruleset)),
+    )

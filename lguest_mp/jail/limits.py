@@ -14,13 +14,19 @@ Each limit is lowered for good. Where a process has less already, that stays.
 
 from __future__ import annotations
 
+import ctypes
 import resource
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from lguest_mp.jail.needs import Needs
 from lguest_mp.memory import PAGE_SIZE
+from lguest_mp.steps import Step
 
+_SYS_PRLIMIT64 = 302
+#: struct rlimit64: the soft limit, and the hard one.
+_RLIMIT = struct.Struct("=QQ")
 #: Standard input, output and error; and the most that a process of a guest has open when it is forked.
 _STANDARD_FILES = 3
 _INHERITED_FILES = 1024
@@ -58,10 +64,16 @@ def of(needs: Needs, memory: int | None) -> tuple[Limit, ...]:
     return tuple(Limit(name, kind, _at_most(kind, value)) for name, kind, value in wanted)
 
 
-def lower(limits: tuple[Limit, ...]) -> None:
-    """Takes effect in this process, for good. OSError, ValueError."""
-    for limit in limits:
-        resource.setrlimit(limit.resource, (limit.value, limit.value))
+def lower(limits: tuple[Limit, ...]) -> tuple[Step, ...]:
+    """The steps by which they take effect, for good."""
+    return tuple(
+        Step(f"setrlimit ({limit.name})", (_SYS_PRLIMIT64, 0, limit.resource, _rlimit(limit.value), 0))
+        for limit in limits
+    )
+
+
+def _rlimit(value: int) -> object:
+    return ctypes.byref(ctypes.create_string_buffer(_RLIMIT.pack(value, value), _RLIMIT.size))
 
 
 def memory() -> int | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lguest_mp import steps
 from lguest_mp.errors import LguestError
 from lguest_mp.jail import calls, landlock, limits, privileges, seccomp
-from lguest_mp.jail.landlock import Ruleset
 from lguest_mp.jail.limits import Limit
 from lguest_mp.jail.needs import Needs
 from lguest_mp.jail.seccomp import Program
+from lguest_mp.steps import Step
 
 #: What the plan of a process that is not jailed says.
 OFF: dict[str, Any] = {"on": False}
@@ -46,23 +47,16 @@ class Plan:
 
     needs: Needs | None
     limits: tuple[Limit, ...] = ()
-    ruleset: Ruleset | None = None
     program: Program | None = None
     abi: int = 0
+    #: Which all this is, for the process that enters.
+    steps: tuple[Step, ...] = ()
 
     def enter(self) -> None:
         """Takes effect in this process, which has one thread, for good. LguestError if the host refuses after all."""
-        if self.needs is None:
-            return
         try:
-            privileges.forbid_new()
-            if self.ruleset is not None:
-                self.ruleset.enter()
-            limits.lower(self.limits)
-            privileges.drop_all()
-            if self.program is not None:
-                self.program.install()
-        except (OSError, ValueError) as error:
+            steps.make(self.steps)
+        except OSError as error:
             raise LguestError(f"cannot enter the jail: {error}; --jail=off does without") from error
 
     def describe(self, files: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -109,13 +103,16 @@ class Jail:
 
     def _make(self, needs: Needs) -> Plan:
         abi = self._mechanisms.landlock
-        return Plan(
-            needs,
-            limits.of(needs, self._memory),
-            Ruleset(abi) if abi else None,
-            seccomp.assemble(_allowed(needs), calls.REFUSED) if self._mechanisms.seccomp else None,
-            abi,
+        limited = limits.of(needs, self._memory)
+        program = seccomp.assemble(_allowed(needs), calls.REFUSED) if self._mechanisms.seccomp else None
+        entry = (
+            *privileges.FORBID_NEW,
+            *(landlock.restrict(abi) if abi else ()),
+            *limits.lower(limited),
+            *privileges.drop_all(),
+            *(program.steps if program is not None else ()),
         )
+        return Plan(needs, limited, program, abi, entry)
 
 
 def _allowed(needs: Needs) -> tuple[calls.Call, ...]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import os
 import struct
 
 from lguest_mp import prctl
+from lguest_mp.steps import Step
 
 #: include/uapi/linux/prctl.h
+_PR_CAPBSET_READ = 23
 _PR_CAPBSET_DROP = 24
 _PR_SET_SECUREBITS = 28
 _PR_SET_NO_NEW_PRIVS = 38
@@ -30,29 +31,27 @@ _HEADER = ctypes.create_string_buffer(struct.pack("=Ii", 0x2008_0522, 0), 8)
 _NONE = ctypes.create_string_buffer(24)
 #: More than Linux has; the first that it does not have ends the list.
 _MOST_CAPABILITIES = 64
+_SYS_CAPSET = 126
+#: Where it takes a right that we do not have: then there is nothing to give up either.
+_IF_IT_IS_FOR_US = (errno.EPERM,)
 
-_libc = ctypes.CDLL(None, use_errno=True)
+#: No program that this process or its children execute gives it anything.
+FORBID_NEW = (prctl.step(_PR_SET_NO_NEW_PRIVS, 1),)
 
 
-def forbid_new() -> None:
-    """No program that this process or its children execute gives it anything. OSError."""
-    prctl.call(_PR_SET_NO_NEW_PRIVS, 1)
+def drop_all() -> tuple[Step, ...]:
+    """The steps that give up every capability, and the right to get one again where that takes a right."""
+    return (
+        *(prctl.step(_PR_CAPBSET_DROP, each, _IF_IT_IS_FOR_US) for each in range(_MOST_CAPABILITIES) if _exists(each)),
+        prctl.step(_PR_SET_SECUREBITS, _SECUREBITS, _IF_IT_IS_FOR_US),
+        prctl.step(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL),
+        Step("capset", (_SYS_CAPSET, ctypes.byref(_HEADER), ctypes.byref(_NONE))),
+    )
 
 
-def drop_all() -> None:
-    """Gives up every capability, and the right to get one again where that takes a right. OSError."""
+def _exists(capability: int) -> bool:
     try:
-        for capability in range(_MOST_CAPABILITIES):
-            prctl.call(_PR_CAPBSET_DROP, capability)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EPERM):  # there are no more; it is not for us
-            raise
-    try:
-        prctl.call(_PR_SET_SECUREBITS, _SECUREBITS)
-    except OSError as error:
-        if error.errno != errno.EPERM:
-            raise
-    prctl.call(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
-    if _libc.capset(_HEADER, _NONE) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"capset: {os.strerror(number)}")
+        prctl.call(_PR_CAPBSET_READ, capability)
+    except OSError:
+        return False
+    return True

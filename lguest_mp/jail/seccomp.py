@@ -2,7 +2,7 @@
 
 The filter is a program of the classic BPF machine over ``struct seccomp_data``: the call's number, the architecture it
 is made for, its six arguments. :func:`assemble` makes it of an allow-list, once, in the supervisor; a process that is
-forked has only to install it (:meth:`Program.install`), and cannot take it off again, nor can what it executes.
+forked has only to install it (:attr:`Program.steps`), and cannot take it off again, nor can what it executes.
 
 - A call that is not in the list kills the process by SIGSYS: at once, all threads, without a handler. The supervisor
   sees that as it sees any death, and the kernel's log names the call.
@@ -23,14 +23,17 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from lguest_mp import steps
 from lguest_mp.jail.calls import NUMBERS, Call, Check, Refusal
+from lguest_mp.steps import Step
 
+_SYS_GETPID = 39
 _SYS_SECCOMP = 317
-_SECCOMP_SET_MODE_FILTER = 1
-_SECCOMP_GET_ACTION_AVAIL = 2
+_SET_MODE_FILTER = 1
+_GET_ACTION_AVAIL = 2
 #: Linux before 5.16 slows a process with a filter down by its protection against speculation (SSBD, STIBP), for the
 #: sake of those that run others' code beside their own secrets. Ours have no secrets but their own guest's.
-_SECCOMP_FILTER_FLAG_SPEC_ALLOW = 1 << 2
+_FILTER_FLAG_SPEC_ALLOW = 1 << 2
 _RET_KILL_PROCESS = 0x8000_0000
 _RET_ERRNO = 0x0005_0000
 _RET_ALLOW = 0x7FFF_0000
@@ -49,9 +52,6 @@ _LOAD, _IF_EQUAL, _IF_AT_LEAST, _AND, _RETURN = 0x20, 0x15, 0x35, 0x54, 0x06
 #: BPF_MAXINSNS, and how far a conditional jump goes.
 _MOST_INSTRUCTIONS = 4096
 _FURTHEST = 255
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
 
 
 class _Filter(ctypes.Structure):
@@ -80,22 +80,18 @@ class Program:
             _INSTRUCTION.pack(each.code, each.if_true, each.if_false, each.operand) for each in instructions
         )
         self._code = ctypes.create_string_buffer(code, len(code))
-        self._own_pids = tuple(
+        self._filter = _Filter(len(instructions), ctypes.addressof(self._code))
+        own_pids = [
             index * _INSTRUCTION.size + _OPERAND_OFFSET for index, each in enumerate(instructions) if each.is_own_pid
+        ]
+        #: They take effect in the thread that makes them, and whatever it starts, for good, and need no-new-privileges.
+        self.steps = (
+            *(Step("getpid", (_SYS_GETPID,), into=ctypes.c_uint32.from_buffer(self._code, each)) for each in own_pids),
+            Step("seccomp", (_SYS_SECCOMP, _SET_MODE_FILTER, _FILTER_FLAG_SPEC_ALLOW, ctypes.byref(self._filter))),
         )
-        self._filter = ctypes.byref(_Filter(len(instructions), ctypes.addressof(self._code)))
 
     def __bytes__(self) -> bytes:
         return self._code.raw
-
-    def install(self) -> None:
-        """Takes effect in this thread, and whatever it starts, for good. OSError. Needs no-new-privileges."""
-        pid = os.getpid()
-        for offset in self._own_pids:
-            struct.pack_into("=I", self._code, offset, pid)
-        if _libc.syscall(_SYS_SECCOMP, _SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_SPEC_ALLOW, self._filter) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, f"seccomp: {os.strerror(number)}")
 
 
 def missing() -> str | None:
@@ -103,12 +99,13 @@ def missing() -> str | None:
     if os.uname().machine != "x86_64" or sys.maxsize < 1 << 32:
         return "is known to us for 64-bit x86 only"
     action = ctypes.c_uint32(_RET_KILL_PROCESS)
-    if _libc.syscall(_SYS_SECCOMP, _SECCOMP_GET_ACTION_AVAIL, 0, ctypes.byref(action)) == 0:
-        return None
-    number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-        return "is not in this kernel, or this kernel is older than 4.14"
-    return f"is refused by this host: {os.strerror(number)}"
+    try:
+        steps.make([Step("seccomp", (_SYS_SECCOMP, _GET_ACTION_AVAIL, 0, ctypes.byref(action)))])
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+            return "is not in this kernel, or this kernel is older than 4.14"
+        return f"is refused by this host: {os.strerror(error.errno or 0)}"
+    return None
 
 
 @dataclass

@@ -4,13 +4,13 @@ A child ties its life to the supervisor's, lets go of the file descriptors that 
 the supervisor it is a pidfd, which becomes readable when the process ends and cannot come to mean another.
 
 The less a child does before its own work, the better: all memory is shared until one side writes to it, and Python
-writes to whatever it looks at (reference counts). Each function that a worker calls costs it some pages.
+writes to whatever it looks at. So what can be prepared is prepared before the fork (``steps.py``).
 """
 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
+import errno
 import os
 import select
 import signal
@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, NoReturn
 
-from lguest_mp import prctl, worker
+from lguest_mp import prctl, steps, worker
 from lguest_mp.errors import LguestError
+from lguest_mp.steps import Step
 from lguest_mp.supervisor import signals
 from lguest_mp.supervisor.complaints import Complaints
 from lguest_mp.supervisor.log import say
@@ -31,6 +32,11 @@ from lguest_mp.title import Title
 if TYPE_CHECKING:
     from lguest_mp.supervisor.log import Log
     from lguest_mp.supervisor.loop import Loop
+
+_SYS_DUP2 = 33
+_SYS_CLOSE_RANGE = 436
+#: No descriptor has a higher number.
+_LAST_FD = 0x7FFF_FFFF
 
 
 @dataclass(eq=False)
@@ -94,18 +100,33 @@ class Naming:
         self._guest = guest
         self._title = Title()
 
-    def take(self, child: str | None, comm: str) -> None:
+    def of(self, child: str | None, comm: str) -> Name:
+        """The name of a child, or of the supervisor (None)."""
+        title = f"lguest[{self._guest}]" if child is None else f"lguest[{self._guest}] {child}"
+        return Name(self._title.setter(title), (prctl.comm(comm),))
+
+
+@dataclass(frozen=True)
+class Name:
+    """What a process is called."""
+
+    set_title: Callable[[], None]
+    steps: tuple[Step, ...]
+
+    def take(self) -> None:
         """Names this process. The comm comes second: a title sets it too, to its own beginning."""
-        self._title.set(f"lguest[{self._guest}]" if child is None else f"lguest[{self._guest}] {child}")
-        prctl.set_comm(comm)
+        self.set_title()
+        steps.make(self.steps)
 
 
-def fork(name: str, body: Callable[[], int], ear: Ear | None = None) -> Child:
-    """Forks a child that runs ``body`` and exits with what it returns. The body is to call :func:`keep_only` soon.
+def fork(name: str, body: Callable[[], int], ear: Ear | None = None, first: Sequence[Step] = ()) -> Child:
+    """Forks a child that runs ``body`` and exits with what it returns.
 
-    With an ``ear`` its standard error goes there; without, it is ours. LguestError if the host cannot.
+    It makes the ``first`` steps, which are to be those of :func:`keeping`; or the body is to call :func:`keep_only`
+    soon. With an ``ear`` its standard error goes there; without, it is ours. LguestError if the host cannot.
     """
     parent = os.getpid()
+    begin: tuple[Step, ...] = (signals.UNBLOCK_IN_CHILD,)
     with contextlib.ExitStack() as unless_forked, contextlib.ExitStack() as forked:
         try:
             complaints = writing = None
@@ -116,9 +137,11 @@ def fork(name: str, body: Callable[[], int], ear: Ear | None = None) -> Child:
                 complaints = Complaints(name, errors, ear.loop, ear.log)
                 unless_forked.pop_all()
                 unless_forked.callback(complaints.finish)
+                begin = (*begin, _dup2(writing, 2))
+            begin = (*begin, *first, prctl.DIE_WITH_PARENT)
             pid = os.fork()
             if pid == 0:
-                _be_child(parent, body, writing)
+                _be_child(parent, begin, body)
             unless_forked.callback(_kill, pid)
             pidfd = os.pidfd_open(pid)
         except OSError as error:
@@ -134,14 +157,11 @@ def _kill(pid: int) -> None:
     os.waitpid(pid, 0)
 
 
-def _be_child(parent: int, body: Callable[[], int], errors: int | None) -> NoReturn:
+def _be_child(parent: int, begin: Sequence[Step], body: Callable[[], int]) -> NoReturn:
     status = worker.BUG
     try:
-        signals.unblock_in_child()
-        if errors is not None:
-            os.dup2(errors, 2)
-            faulthandler.enable(2)
-        if prctl.die_with_parent(parent):
+        _make(begin)
+        if os.getppid() == parent:  # or it has ended before we asked to be told
             status = body()
     except LguestError as error:
         say(str(error))
@@ -151,25 +171,44 @@ def _be_child(parent: int, body: Callable[[], int], errors: int | None) -> NoRet
         os._exit(status)
 
 
-def keep_only(wanted: Iterable[int], null: int) -> None:
-    """Closes every file descriptor of this process but ``wanted`` and standard error.
+def keeping(wanted: Iterable[int], null: int) -> tuple[Step, ...]:
+    """The steps that close every file descriptor of a process but ``wanted`` and standard error.
 
     Standard input and output, when they are not wanted, become ``null`` (/dev/null).
     """
     kept = {0, 1, 2, *wanted}
-    for standard in {0, 1}.difference(wanted):
-        os.dup2(null, standard)
+    return (
+        *(_dup2(null, standard) for standard in (0, 1) if standard not in wanted),
+        *(
+            Step("close_range", (_SYS_CLOSE_RANGE, before + 1, after - 1, 0))
+            for before, after in pairwise((*sorted(kept), _LAST_FD + 1))
+            if after - before > 1
+        ),
+    )
+
+
+def keep_only(wanted: Iterable[int], null: int) -> None:
+    """The same, at once."""
+    _make(keeping(wanted, null))
+
+
+def _make(begin: Sequence[Step]) -> None:
     try:
-        opened = {int(name) for name in os.listdir("/proc/self/fd")}
-    except OSError:  # no /proc in this root directory
-        for before, after in pairwise([2, *sorted(kept - {0, 1, 2}), os.sysconf("SC_OPEN_MAX")]):
-            os.closerange(before + 1, after)
-        return
-    for fd in opened - kept:
-        try:
-            os.close(fd)
-        except OSError:
-            continue  # the listing's own
+        steps.make(begin)
+    except OSError as error:
+        if error.errno not in {errno.ENOSYS, errno.EPERM}:
+            raise
+        # Linux before 5.9 has no close_range, and some containers do not let us have it.
+        for each in begin:
+            match each.call:
+                case (number, int(start), int(last), 0) if number == _SYS_CLOSE_RANGE:
+                    os.closerange(start, min(last, os.sysconf("SC_OPEN_MAX")) + 1)
+                case _:
+                    steps.make((each,))
+
+
+def _dup2(fd: int, other: int) -> Step:
+    return Step("dup2", (_SYS_DUP2, fd, other))
 
 
 def end_all(children: Sequence[Child], grace: float) -> list[str]:

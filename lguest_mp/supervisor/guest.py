@@ -223,7 +223,7 @@ class Guest:
         children.keep_only(self._machine_files(), owned.null)
         try:
             run_machine = owned.parts.load_machine()
-            self._naming.take("cpu", "lguest/cpu")
+            self._naming.of("cpu", "lguest/cpu").take()
             owned.confine()
             if not prctl.die_with_parent(supervisor):
                 return 0
@@ -257,7 +257,7 @@ class Guest:
         self._life = Life.RUNNING
         self._screen.take()
         self._tell_machine(self._events, protocol.Start(entry))
-        self._naming.take(None, "lguest")
+        self._naming.of(None, "lguest").take()
         self._plan_workers()
         self._answer_others()
         resources.freeze()

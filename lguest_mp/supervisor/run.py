@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 def run(config: GuestConfig, parts: Parts, grace: float = GRACE) -> Ending:
     """Runs the guest to its end. Rebooting means: by exec, now that everything is closed and put back."""
+    faulthandler.enable(2)  # for all that are forked from here, too
     with closing(Log(StandardError(), verbose=config.verbose)) as log, ExitStack() as held:
         log.take_over()
         claim = _claim(config.name, log)

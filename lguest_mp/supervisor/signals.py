@@ -5,7 +5,7 @@ be put back. What the launcher's parent chose to ignore (``nohup``, a shell's ba
 
 Children inherit the block, and that is what is wanted: the terminal sends ^C and hang-ups to every process in its
 foreground, and the supervisor alone decides what becomes of the others. It ends them by SIGTERM, which they unblock
-(:func:`unblock_in_child`).
+(:data:`UNBLOCK_IN_CHILD`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import struct
 from types import TracebackType
 from typing import Self
 
+from lguest_mp.steps import Step
+
 #: These stop the guest: orderly teardown, and then the launcher dies by the same signal.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _NOTED = (*STOPPING, signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT, signal.SIGUSR1)
@@ -26,7 +28,18 @@ _SIGINFO = struct.Struct("I124x")
 #: sizeof(sigset_t) of glibc; the system call looks at the first 64 bits.
 _SIGSET_BYTES = 128
 
+#: rt_sigprocmask(2), which takes Linux's own sigset_t: 64 bits.
+_SYS_RT_SIGPROCMASK = 14
+_KERNEL_SIGSET_BYTES = 8
+
 _libc = ctypes.CDLL(None, use_errno=True)
+
+_TERM = ctypes.c_uint64(1 << signal.SIGTERM - 1)
+#: Lets a forked child be ended.
+UNBLOCK_IN_CHILD = Step(
+    "sigprocmask",
+    (_SYS_RT_SIGPROCMASK, int(signal.SIG_UNBLOCK), ctypes.byref(_TERM), None, _KERNEL_SIGSET_BYTES),
+)
 
 
 class Signals:
@@ -65,11 +78,6 @@ class Signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
         os.kill(os.getpid(), signal.SIGTSTP)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
-
-
-def unblock_in_child() -> None:
-    """Lets a forked child be ended."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
 
 
 def _signalfd(signums: list[signal.Signals]) -> int:

@@ -24,7 +24,7 @@ from lguest_mp.virtio.ledger import Ledger
 
 if TYPE_CHECKING:
     from lguest_mp.jail import Plan
-    from lguest_mp.supervisor.children import Naming
+    from lguest_mp.supervisor.children import Name, Naming
     from lguest_mp.supervisor.loop import Loop, Timer
     from lguest_mp.supervisor.parts import WriteWatches
     from lguest_mp.supervisor.resources import Resources
@@ -148,8 +148,9 @@ class Workers:
         with theirs:
             try:
                 with post.account.inherited():
-                    body = partial(self._be_worker, post, assignment, theirs, plan, files)
-                    child = children.fork(name, body, Ear(self._loop, self._resources.log))
+                    body = partial(self._be_worker, post, assignment, theirs, plan, self._naming.of(name, name))
+                    first = children.keeping(files, self._resources.null)
+                    child = children.fork(name, body, Ear(self._loop, self._resources.log), first)
             except BaseException:
                 ours.close()
                 raise
@@ -172,13 +173,10 @@ class Workers:
         watched = () if self._watches is None else tuple(self._watches.worker_files(post.number))
         return (post.kick, post.call, channel, *post.device.files_of(post.queue), *watched)
 
-    def _be_worker(
-        self, post: Post, assignment: Assignment, channel: socket.socket, plan: Plan, files: tuple[int, ...]
-    ) -> int:
+    def _be_worker(self, post: Post, assignment: Assignment, channel: socket.socket, plan: Plan, name: Name) -> int:
         """The body of a worker process; its exit status."""
         device, watches = post.device, self._watches
-        children.keep_only(files, self._resources.null)
-        self._naming.take(post.name, post.name)
+        name.take()
         plan.enter()
         make_queue, memory = self._resources.parts.make_queue, self._resources.memory
         layout, features = assignment.layout, assignment.features

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import faulthandler
 import os
 import signal
 import time
@@ -90,7 +91,11 @@ def test_the_traceback_of_a_bug(ear: Ear) -> None:
 
 @pytest.mark.parametrize("signum", [signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL])
 def test_the_stack_of_a_crash(ear: Ear, signum: signal.Signals) -> None:
-    child = fork(ear, lambda: os.kill(os.getpid(), signum))
+    def body() -> None:
+        faulthandler.enable(2)  # in a supervisor it is, for all that are forked
+        os.kill(os.getpid(), signum)
+
+    child = fork(ear, body)
     assert os.waitstatus_to_exitcode(child.reap()) == -signum
     assert words(ear)[0].startswith("Fatal Python error: ")
     assert any("test_complaints.py" in word for word in words(ear))
