@@ -50,6 +50,8 @@ _LONGEST_QUESTION = _NUMBER.size + 6 * MOST_KNOWN
 #: which has the address 0.
 _ANSWER = struct.Struct("=Q?H6s")
 _NOBODY = bytes(6)
+#: As a plain number, and made here: an operation on flags makes a new flag of them, 180 KiB for a worker.
+_FLAGS = int(socket.MSG_DONTWAIT) | int(socket.MSG_CMSG_CLOEXEC)
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 _NAME = re.compile("[0-9a-f][02468ace](:[0-9a-f]{2}){5}", re.ASCII)
@@ -212,8 +214,7 @@ class Introductions:
         poll.register(self._channel, select.POLLIN)
         if not poll.poll(PATIENCE * 1000):
             raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-        flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-        answer, extras, _, _ = self._channel.recvmsg(_ANSWER.size, socket.CMSG_LEN(4), flags)
+        answer, extras, _, _ = self._channel.recvmsg(_ANSWER.size, socket.CMSG_LEN(4), _FLAGS)
         if not answer:
             raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
         line = None

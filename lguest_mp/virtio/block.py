@@ -77,6 +77,11 @@ class RequestType(IntEnum):
     WRITE_ZEROES = 13
 
 
+#: As plain numbers: Python has much to do for an enumeration's value, which is memory for a worker.
+_F_FLUSH = BlockFeature.FLUSH.value
+_IN, _OUT, _FLUSH = RequestType.IN.value, RequestType.OUT.value, RequestType.FLUSH.value
+_GET_ID, _DISCARD, _WRITE_ZEROES = RequestType.GET_ID.value, RequestType.DISCARD.value, RequestType.WRITE_ZEROES.value
+
 #: Values of the status byte (5.2.6).
 S_OK = 0
 S_IOERR = 1
@@ -209,15 +214,15 @@ class _Server:
         self._failures = _Failures(disk.name, context.log)
         self._nowait = os.RWF_NOWAIT
         # Without FLUSH a completed write has to be stable (5.2.6.2, case 1).
-        self._writeback = bool(queue.features & BlockFeature.FLUSH.value)
+        self._writeback = bool(queue.features & _F_FLUSH)
         self._write_flags = 0 if self._writeback else os.RWF_DSYNC
         # By type: those that fill the writable part (and say how much of it), and those that take the readable part.
-        self._fills = {RequestType.IN.value: self._in, RequestType.GET_ID.value: self._get_id}
+        self._fills = {_IN: self._in, _GET_ID: self._get_id}
         self._takes = {
-            RequestType.OUT.value: self._out,
-            RequestType.FLUSH.value: self._flush,
-            RequestType.DISCARD.value: self._discard,
-            RequestType.WRITE_ZEROES.value: self._write_zeroes,
+            _OUT: self._out,
+            _FLUSH: self._flush,
+            _DISCARD: self._discard,
+            _WRITE_ZEROES: self._write_zeroes,
         }
 
     def serve(self) -> None:

@@ -83,6 +83,11 @@ _AFTER_FAILURE = 0.1
 
 _ZEROES = bytes(header.LENGTH)
 
+#: As plain numbers: an operation on flags makes a new flag of them, 180 KiB for a worker.
+_MRG_RXBUF = NetFeature.MRG_RXBUF.value
+#: 5.1.6.1: a legacy driver without MRG_RXBUF has no num_buffers.
+_LONG_HEADER = Feature.VERSION_1.value | _MRG_RXBUF
+
 
 class Net(Device):
     """A network device with ``mac`` (6 bytes), plugged into ``wire``.
@@ -149,9 +154,7 @@ class Net(Device):
 
     def serve(self, queue_index: int, queue: Queue, context: WorkerContext) -> None:
         """Serves ``receiveq`` or ``transmitq``."""
-        # 5.1.6.1: a legacy driver without MRG_RXBUF has no num_buffers.
-        long = queue.features & (Feature.VERSION_1 | NetFeature.MRG_RXBUF).value
-        header_size = header.LENGTH if long else header.NUM_BUFFERS
+        header_size = header.LENGTH if queue.features & _LONG_HEADER else header.NUM_BUFFERS
         self.wire.attach(queue.features, header_size)
         if queue_index == RECEIVEQ:
             _Receiver(self, queue, context, header_size).serve()
@@ -206,7 +209,7 @@ class _Receiver:
         #: How much of a header the wire does not have.
         self._missing = 0 if net.wire.has_header else header_size
         self._features = int(queue.features)
-        self._mergeable = bool(queue.features & NetFeature.MRG_RXBUF.value)
+        self._mergeable = bool(queue.features & _MRG_RXBUF)
         self._is_up = net.is_up
         #: Buffers that were taken and hold no frame yet, how much room there is in each, and where.
         self._held: list[tuple[Chain, int, list[memoryview]]] = []
