@@ -12,13 +12,14 @@ end of each ``SOCK_SEQPACKET`` pair:
 - *events*, to the machine: :class:`Start`, once; then what happened outside, :class:`ConfigChanged`,
   :class:`DeviceBroken` and :class:`DeviceMended`.
 - *reports*, one from each worker: :class:`Serving`, once; :class:`Log`, :class:`Interrupted`, :class:`Reconfigured`,
-  :class:`Broken`.
+  :class:`Broken`. Over the same pair the worker has heard its :class:`Assignment` before that.
 """
 
 from __future__ import annotations
 
 import json
 import socket
+import struct
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias, get_args
 
@@ -27,6 +28,8 @@ from lguest_mp.virtio.device import QueueLayout
 
 #: The longest message, in bytes. A device has few queues, so this is generous.
 MAX_MESSAGE = 16384
+#: Features, and a QueueLayout. It is not JSON since that would cost each worker memory, and it comes from us.
+_ASSIGNMENT = struct.Struct("=5Q")
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,14 @@ class DeviceMended:
 
 
 @dataclass(frozen=True)
+class Assignment:
+    """What a worker hears, once (:func:`assign`): what the driver has decided for its queue."""
+
+    features: int
+    layout: QueueLayout
+
+
+@dataclass(frozen=True)
 class Serving:
     """A worker has its queue and serves it."""
 
@@ -241,6 +252,22 @@ def channel_pair() -> tuple[socket.socket, socket.socket]:
 def send(channel: socket.socket, message: Message, flags: int = 0) -> None:
     """One message to the other side, with the system call's flags. OSError when it is gone."""
     channel.send(encode(message), flags)
+
+
+def assign(channel: socket.socket, assignment: Assignment) -> None:
+    """Tells a worker what to serve. OSError when it is gone."""
+    layout = assignment.layout
+    numbers = layout.size, layout.descriptor_table, layout.available_ring, layout.used_ring
+    channel.send(_ASSIGNMENT.pack(assignment.features, *numbers), socket.MSG_DONTWAIT)
+
+
+def assigned(channel: socket.socket) -> Assignment | None:
+    """What this worker is to serve, when it is told; None when the other side is gone."""
+    datagram = channel.recv(_ASSIGNMENT.size)
+    if not datagram:
+        return None
+    features, *numbers = _ASSIGNMENT.unpack(datagram)
+    return Assignment(features, QueueLayout(*numbers))
 
 
 def receive(channel: socket.socket, flags: int = 0) -> Message | None:

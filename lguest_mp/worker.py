@@ -1,7 +1,8 @@
 """One worker process: it serves one virtqueue of one device, from the driver's DRIVER_OK to the next reset.
 
-A worker holds its queue, the files of its device and guest memory. It tells the supervisor that it serves, and then
-hears of it only by a signal; what it has to say goes over its report channel. It ends in one of three ways:
+A worker holds its queue, the files of its device and guest memory. It waits until the supervisor tells it where its
+queue is, which may be at once, or when the device's driver comes, tells the supervisor that it serves, and then hears
+of it only by a signal; what it has to say goes over its report channel. It ends in one of three ways:
 
 - the supervisor ends it (SIGTERM), because the guest reset the device or all ends;
 - the driver broke the standard: it reports how, and exits with status 65 (``EX_DATAERR``). The device is stopped and
@@ -21,6 +22,7 @@ from lguest_mp import protocol
 from lguest_mp.errors import GuestError
 
 if TYPE_CHECKING:
+    from lguest_mp.protocol import Assignment
     from lguest_mp.virtio.device import Device
     from lguest_mp.virtio.queue import Queue
 
@@ -80,11 +82,14 @@ class Reports:
             return  # it has more from us than it reads, or it is gone and so are we
 
 
-def run(device: Device, queue_index: int, make_queue: Callable[[], Queue], channel: socket.socket) -> int:
+def run(device: Device, queue_index: int, make_queue: Callable[[Assignment], Queue], channel: socket.socket) -> int:
     """The whole life of a worker; returns its exit status."""
     reports = Reports(channel)
     try:
-        queue = make_queue()
+        assignment = protocol.assigned(channel)
+        if assignment is None:
+            return 0
+        queue = make_queue(assignment)
         reports.serving()
         device.serve(queue_index, queue, reports)
     except GuestError as error:

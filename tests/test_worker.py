@@ -10,7 +10,8 @@ import pytest
 
 from lguest_mp import protocol, worker
 from lguest_mp.errors import DeviceProtocolError, GuestAddressError
-from lguest_mp.virtio.device import Device, DeviceId
+from lguest_mp.protocol import Assignment
+from lguest_mp.virtio.device import Device, DeviceId, QueueLayout
 from lguest_mp.worker import WorkerContext
 
 
@@ -43,17 +44,25 @@ def channel() -> Iterator[tuple[socket.socket, socket.socket]]:
 Channel = tuple[socket.socket, socket.socket]
 
 
+ASSIGNMENT = Assignment(1 << 63, QueueLayout(256, 0x1000, 0x2000, 1 << 40))
+
+
+def make_queue(assignment: Assignment) -> Any:
+    return f"the queue of {assignment}"
+
+
 def run(channel: Channel, serve: Callable[[int, Any, WorkerContext], None]) -> tuple[int, list[Any]]:
     """A worker's exit status and its reports."""
-    status = worker.run(ServingDevice(serve), 1, lambda: "the queue", channel[1])  # type: ignore[arg-type,return-value]
+    protocol.assign(channel[0], ASSIGNMENT)
+    status = worker.run(ServingDevice(serve), 1, make_queue, channel[1])
     channel[1].close()
     return status, list(iter(lambda: protocol.receive(channel[0]), None))
 
 
-def test_it_serves_its_queue_and_says_so(channel: Channel) -> None:
+def test_it_serves_the_queue_that_it_is_told_of_and_says_so(channel: Channel) -> None:
     served = []
     _, reports = run(channel, lambda index, queue, context: served.append((index, queue)))
-    assert served == [(1, "the queue")]
+    assert served == [(1, f"the queue of {ASSIGNMENT}")]
     assert reports == [protocol.Serving()]
 
 
@@ -66,9 +75,10 @@ def test_a_driver_that_breaks_the_standard(channel: Channel, error: Exception) -
 
 
 def test_rings_that_cannot_be(channel: Channel) -> None:
-    def make_queue() -> Any:
+    def make_queue(assignment: Assignment) -> Any:
         raise DeviceProtocolError("2.7", "a queue size of 3")
 
+    protocol.assign(channel[0], ASSIGNMENT)
     status = worker.run(ServingDevice(lambda *_: None), 0, make_queue, channel[1])
     assert status == 65
     assert protocol.receive(channel[0]) == protocol.Broken("a queue size of 3 (virtio 1.2, 2.7)")
@@ -107,6 +117,11 @@ def test_it_never_waits_for_a_supervisor_that_does_not_listen(channel: Channel) 
 
 
 def test_it_survives_a_supervisor_that_is_gone(channel: Channel) -> None:
+    protocol.assign(channel[0], ASSIGNMENT)
     channel[0].close()
-    status = worker.run(ServingDevice(lambda *_: None), 0, lambda: None, channel[1])  # type: ignore[arg-type,return-value]
-    assert status == 70
+    assert worker.run(ServingDevice(lambda *_: None), 0, make_queue, channel[1]) == 70
+
+
+def test_it_ends_when_nobody_can_tell_it_what_to_serve(channel: Channel) -> None:
+    channel[0].close()
+    assert worker.run(ServingDevice(lambda *_: None), 0, make_queue, channel[1]) == 0

@@ -120,41 +120,88 @@ class Name:
 
 
 def fork(name: str, body: Callable[[], int], ear: Ear | None = None, first: Sequence[Step] = ()) -> Child:
-    """Forks a child that runs ``body`` and exits with what it returns.
+    """Forks a child, as a :class:`Birth` says. LguestError if the host cannot."""
+    birth = Birth(name, body, ear, first)
+    birth.fork()
+    return birth.child()
+
+
+class Birth:
+    """All that a child takes besides the fork: it runs ``body`` and exits with what that returns.
 
     It makes the ``first`` steps, which are to be those of :func:`keeping`; or the body is to call :func:`keep_only`
     soon. With an ``ear`` its standard error goes there; without, it is ours. LguestError if the host cannot.
+
+    Of several children the births are best prepared first, and then all of them forked, before anybody asks for the
+    first :meth:`child`: a page that this process writes after one fork and before the next is the first one's alone.
     """
-    parent = os.getpid()
-    begin: tuple[Step, ...] = (signals.UNBLOCK_IN_CHILD,)
-    with contextlib.ExitStack() as unless_forked, contextlib.ExitStack() as forked:
+
+    def __init__(self, name: str, body: Callable[[], int], ear: Ear | None = None, first: Sequence[Step] = ()) -> None:
+        self._name = name
+        self._body = body
+        self._parent = os.getpid()
+        self._pid = 0
+        self._error: OSError | None = None
+        self._complaints: Complaints | None = None
+        self._writing = -1
+        to_standard_error: tuple[Step, ...] = ()
+        if ear is not None:
+            try:
+                self._complaints, self._writing = _listen(name, ear)
+            except OSError as error:
+                raise _cannot_fork(name, error) from error
+            to_standard_error = (_dup2(self._writing, 2),)
+        self._begin = (signals.UNBLOCK_IN_CHILD, *to_standard_error, *first, prctl.DIE_WITH_PARENT)
+
+    def fork(self) -> None:
+        """Forks it; whether that could be done, :meth:`child` tells."""
         try:
-            complaints = writing = None
-            if ear is not None:
-                errors, writing = os.pipe2(os.O_CLOEXEC)
-                forked.callback(os.close, writing)
-                unless_forked.callback(os.close, errors)
-                complaints = Complaints(name, errors, ear.loop, ear.log)
-                unless_forked.pop_all()
-                unless_forked.callback(complaints.finish)
-                begin = (*begin, _dup2(writing, 2))
-            begin = (*begin, *first, prctl.DIE_WITH_PARENT)
-            pid = os.fork()
-            if pid == 0:
-                _be_child(parent, begin, body)
-            unless_forked.callback(_kill, pid)
-            pidfd = os.pidfd_open(pid)
+            self._pid = os.fork()
         except OSError as error:
-            raise LguestError(
-                f"cannot fork {name}: {error.strerror}; the host is short of processes, memory or files"
-            ) from error
-        unless_forked.pop_all()
-    return Child(name, pid, pidfd, complaints)
+            self._error = error
+            return
+        if self._pid == 0:
+            _be_child(self._parent, self._begin, self._body)
+
+    def child(self) -> Child:
+        """The child that was forked. LguestError if the host could not."""
+        try:
+            if self._error is not None:
+                raise self._error
+            pidfd = os.pidfd_open(self._pid)
+        except OSError as error:
+            self.abandon()
+            raise _cannot_fork(self._name, error) from error
+        self._close()
+        return Child(self._name, self._pid, pidfd, self._complaints)
+
+    def abandon(self) -> None:
+        """It is not to be: who was forked is killed."""
+        self._close()
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+        if self._complaints is not None:
+            self._complaints.finish()
+
+    def _close(self) -> None:
+        if self._writing >= 0:
+            os.close(self._writing)
 
 
-def _kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+def _listen(name: str, ear: Ear) -> tuple[Complaints, int]:
+    """What listens to a child's standard error, and the end of the pipe that is to be that. OSError."""
+    errors, writing = os.pipe2(os.O_CLOEXEC)
+    try:
+        return Complaints(name, errors, ear.loop, ear.log), writing
+    except BaseException:
+        os.close(errors)
+        os.close(writing)
+        raise
+
+
+def _cannot_fork(name: str, error: OSError) -> LguestError:
+    return LguestError(f"cannot fork {name}: {error.strerror}; the host is short of processes, memory or files")
 
 
 def _be_child(parent: int, begin: Sequence[Step], body: Callable[[], int]) -> NoReturn:

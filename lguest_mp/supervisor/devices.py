@@ -11,8 +11,8 @@
           +---DeviceReset---- FAILED
 
 While a device is SERVED there is a worker for each queue that the driver enabled; QueueReset and QueueReady end and
-fork one of them. A worker that stops because the driver broke the standard (exit status 65) leaves its device BROKEN,
-and only that driver is worse off.
+begin one of them. (The first one of each queue waits for that from the guest's beginning.) A worker that stops because
+the driver broke the standard (exit status 65) leaves its device BROKEN, and only that driver is worse off.
 
 **A worker that ends and was not told to** has crashed, and the device's policy says what becomes of it. With *restart*
 there is another one at once that goes on where it stopped (``virtio/queue.py``), and the guest notices nothing. If it
@@ -35,13 +35,13 @@ from typing import TYPE_CHECKING
 from lguest_mp import protocol, worker
 from lguest_mp.config import OnCrash
 from lguest_mp.errors import LguestError
-from lguest_mp.protocol import DeviceReset, DriverReady, ProtocolError, QueueReady, QueueReset
+from lguest_mp.protocol import Assignment, DeviceReset, DriverReady, ProtocolError, QueueReady, QueueReset
 from lguest_mp.supervisor import children, ending
 from lguest_mp.supervisor.log import Level
 from lguest_mp.supervisor.loop import is_readable
 from lguest_mp.supervisor.restarts import Restarts
 from lguest_mp.supervisor.watch import Watch
-from lguest_mp.supervisor.workers import Assignment, Post, Worker, WorkerLife, WorkerListener, Workers
+from lguest_mp.supervisor.workers import Post, Worker, WorkerLife, WorkerListener, Workers
 
 if TYPE_CHECKING:
     from lguest_mp.config import CrashPolicy
@@ -202,7 +202,16 @@ class Devices:
 
     def children(self) -> list[Child]:
         """The workers' processes, device by device."""
-        return [each.child for served in self.served for each in served.workers()]
+        return [each.child for served in self.served for each in self.workers_of(served)]
+
+    def workers_of(self, served: ServedDevice) -> list[Worker]:
+        """A device's workers, those that wait for its driver, too."""
+        found = (queue.worker or self._workers.waiting(queue.post) for queue in served.queues)
+        return [each for each in found if each is not None]
+
+    def prepare(self) -> None:
+        """Forks a worker for each queue, which waits for the queue's driver."""
+        self._workers.prepare(queue.post for served in self.served for queue in served.queues)
 
     def end_all(self) -> list[str]:
         """Ends every worker, waits for it, and hears what it still had to say; the names of those left behind."""
@@ -290,7 +299,7 @@ class Devices:
         if queue.assignment is None:
             return
         try:
-            queue.worker = self._workers.fork(queue.post, queue.assignment)
+            queue.worker = self._workers.serve(queue.post, queue.assignment)
         except LguestError as error:
             self._warn(f"{error}; trying again in {_FORK_AGAIN:g} s", queue.post.name)
             queue.gap = self._loop.later(_FORK_AGAIN, lambda: self._fill_gap(queue))

@@ -261,6 +261,7 @@ class Guest:
         self._plan_workers()
         self._answer_others()
         resources.freeze()
+        self._devices.prepare()
         if self._machine is not None:
             self._verbose(f"cpu is process {self._machine.pid}; the guest begins at {entry.rip:#x}")
 
@@ -447,7 +448,7 @@ class Guest:
             plan = self._machine_plan.describe(tuple(self._machine_files()))
             found.append((self._machine.name, self._machine.pid, plan))
         for served in self._devices.served:
-            found += [(each.child.name, each.child.pid, each.jail) for each in served.workers()]
+            found += [(each.child.name, each.child.pid, each.jail) for each in self._devices.workers_of(served)]
             if (helper := served.port.device.helper) is not None:
                 found.append((helper.name, helper.pid, OFF))
         return found

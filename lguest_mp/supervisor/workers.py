@@ -1,5 +1,9 @@
 """Workers: forking them, hearing them, stopping them, and noticing that they have ended.
 
+The first worker of each queue is forked before there is anything to serve (:meth:`Workers.prepare`), since those that
+are forked together share memory that later ones have each for itself. It waits to be told, as all do; if it ends
+meanwhile, or could not be forked, the queue gets another when it needs one, as for all later ones.
+
 What becomes of a device whose worker has ended is not decided here but in ``devices.py``.
 """
 
@@ -7,7 +11,8 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
@@ -15,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from lguest_mp import protocol, worker
 from lguest_mp.errors import LguestError
-from lguest_mp.protocol import ProtocolError
+from lguest_mp.protocol import Assignment, ProtocolError
 from lguest_mp.supervisor import children
-from lguest_mp.supervisor.children import Child, Ear
+from lguest_mp.supervisor.children import Birth, Child, Ear
 from lguest_mp.supervisor.log import Level
 from lguest_mp.virtio import ledger
 from lguest_mp.virtio.ledger import Ledger
@@ -28,26 +33,20 @@ if TYPE_CHECKING:
     from lguest_mp.supervisor.loop import Loop, Timer
     from lguest_mp.supervisor.parts import WriteWatches
     from lguest_mp.supervisor.resources import Resources
-    from lguest_mp.virtio.device import Device, QueueLayout
+    from lguest_mp.virtio.device import Device
 
 
 class WorkerLife(Enum):
     """Where a worker is in its life."""
 
+    #: Nobody has told it yet what to serve.
+    WAITING = auto()
     STARTING = auto()
     SERVING = auto()
     #: It was told to end, and is not to be replaced.
     STOPPING = auto()
     #: It was told to end, and is to be replaced.
     LEAVING = auto()
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What the driver has decided for one queue."""
-
-    features: int
-    layout: QueueLayout
 
 
 @dataclass(eq=False)
@@ -76,11 +75,11 @@ class Worker:
     post: Post
     child: Child
     reports: socket.socket
-    #: How much the queue's workers had completed when this one began.
-    requests_before: int
     plan: Plan
     files: tuple[int, ...]
-    life: WorkerLife = WorkerLife.STARTING
+    #: How much the queue's workers had completed when this one began.
+    requests_before: int = 0
+    life: WorkerLife = WorkerLife.WAITING
     #: Kills it when it was told to end and does not.
     deadline: Timer | None = None
     #: What it said about the driver before it stopped.
@@ -98,6 +97,23 @@ class Worker:
         """Whether it has completed something, or had nothing to do when it ended."""
         account = self.post.account.account()
         return account.requests != self.requests_before or account.phase is not ledger.Phase.SERVING
+
+
+@dataclass(frozen=True)
+class _Cradle:
+    """What a worker comes into: its channel's ends, and what is decided about it."""
+
+    post: Post
+    birth: Birth
+    ours: socket.socket
+    theirs: socket.socket
+    plan: Plan
+    files: tuple[int, ...]
+
+    def fork(self) -> None:
+        """Forks it."""
+        with self.post.account.inherited():
+            self.birth.fork()
 
 
 @dataclass(frozen=True)
@@ -130,31 +146,77 @@ class Workers:
         self._listener = listener
         self._grace = grace
         self._all: dict[Post, Worker] = {}
+        self._waiting: dict[Post, Worker] = {}
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._all.values())
 
-    def fork(self, post: Post, assignment: Assignment) -> Worker:
+    def waiting(self, post: Post) -> Worker | None:
+        """Who was forked for ``post`` and has nothing to serve yet."""
+        return self._waiting.get(post)
+
+    def prepare(self, posts: Iterable[Post]) -> None:
+        """Forks a worker for each, to wait until its queue is to be served. If the host cannot, that is done then.
+
+        All of them at once: they share with each other what this process writes to from then on. Of a worker that is
+        forked alone, each page that is written to before the next fork becomes its own.
+        """
+        cradles = []
+        with suppress(LguestError):
+            for post in posts:
+                cradles.append(self._prepare(post))
+        for each in cradles:
+            each.fork()
+        for each in cradles:
+            with suppress(LguestError):
+                self._waiting[each.post] = self._adopt(each)
+
+    def serve(self, post: Post, assignment: Assignment) -> Worker:
         """Has ``post``'s queue served. LguestError if the host cannot."""
+        each = self._waiting.pop(post, None) or self._fork(post)
+        self._all[post] = each
+        each.requests_before = post.account.account().requests
+        each.life = WorkerLife.STARTING
+        post.account.fields[ledger.PHASE] = ledger.Phase.SERVING
+        with suppress(OSError):  # it has ended, which will be heard
+            protocol.assign(each.reports, assignment)
+        self._verbose(f"{each.child.name} is process {each.child.pid}")
+        return each
+
+    def _fork(self, post: Post) -> Worker:
+        cradle = self._prepare(post)
+        cradle.fork()
+        return self._adopt(cradle)
+
+    def _prepare(self, post: Post) -> _Cradle:
+        """All that ``post``'s worker takes but the fork."""
         name = post.name
         try:
             ours, theirs = protocol.channel_pair()
         except OSError as error:
             raise LguestError(f"cannot make a channel for {name}: {error.strerror}") from error
-        plan = self._resources.jail.plan(post.device.needs(post.queue))
-        files = self._files(post, theirs.fileno())
-        account = post.account.account()
-        post.account.fields[ledger.PHASE] = ledger.Phase.SERVING
-        with theirs:
-            try:
-                with post.account.inherited():
-                    body = partial(self._be_worker, post, assignment, theirs, plan, self._naming.of(name, name))
-                    first = children.keeping(files, self._resources.null)
-                    child = children.fork(name, body, Ear(self._loop, self._resources.log), first)
-            except BaseException:
-                ours.close()
-                raise
-        each = Worker(post, child, ours, account.requests, plan, files)
+        try:
+            plan = self._resources.jail.plan(post.device.needs(post.queue))
+            files = self._files(post, theirs.fileno())
+            body = partial(self._be_worker, post, theirs, plan, self._naming.of(name, name))
+            first = children.keeping(files, self._resources.null)
+            birth = Birth(name, body, Ear(self._loop, self._resources.log), first)
+        except BaseException:
+            ours.close()
+            theirs.close()
+            raise
+        return _Cradle(post, birth, ours, theirs, plan, files)
+
+    def _adopt(self, cradle: _Cradle) -> Worker:
+        """The worker that was forked. LguestError if it could not."""
+        name, ours = cradle.post.name, cradle.ours
+        cradle.theirs.close()
+        try:
+            child = cradle.birth.child()
+        except LguestError:
+            ours.close()
+            raise
+        each = Worker(cradle.post, child, ours, cradle.plan, cradle.files)
         try:
             self._loop.watch(ours.fileno(), lambda: self._on_report(each))
             self._loop.watch(child.pidfd, lambda: self._on_exit(each))
@@ -164,8 +226,6 @@ class Workers:
             child.signal(signal.SIGKILL)
             child.reap()
             raise LguestError(f"cannot watch {name}: {error.strerror}") from error
-        self._all[post] = each
-        self._verbose(f"{name} is process {child.pid}")
         return each
 
     def _files(self, post: Post, channel: int) -> tuple[int, ...]:
@@ -173,18 +233,16 @@ class Workers:
         watched = () if self._watches is None else tuple(self._watches.worker_files(post.number))
         return (post.kick, post.call, channel, *post.device.files_of(post.queue), *watched)
 
-    def _be_worker(self, post: Post, assignment: Assignment, channel: socket.socket, plan: Plan, name: Name) -> int:
+    def _be_worker(self, post: Post, channel: socket.socket, plan: Plan, name: Name) -> int:
         """The body of a worker process; its exit status."""
-        device, watches = post.device, self._watches
+        watches, memory, make_queue = self._watches, self._resources.memory, self._resources.parts.make_queue
         name.take()
         plan.enter()
-        make_queue, memory = self._resources.parts.make_queue, self._resources.memory
-        layout, features = assignment.layout, assignment.features
         watch = None if watches is None else watches.writer(post.number)
         return worker.run(
-            device,
+            post.device,
             post.queue,
-            lambda: make_queue(memory, layout, features, post.kick, post.call, watch, post.account),
+            lambda todo: make_queue(memory, todo.layout, todo.features, post.kick, post.call, watch, post.account),
             channel,
         )
 
@@ -215,7 +273,7 @@ class Workers:
 
     def end_all(self) -> list[str]:
         """Ends every worker, waits for it, and hears what it still had to say; the names of those left behind."""
-        everybody = list(self)
+        everybody = [*self, *self._waiting.values()]
         left_behind = children.end_all([each.child for each in everybody], self._grace)
         for each in everybody:
             self._forget(each)
@@ -227,11 +285,15 @@ class Workers:
         if each.deadline is not None:
             each.deadline.cancel()
         self._loop.forget(each.child.pidfd)
-        del self._all[each.post]
+        del (self._waiting if each.life is WorkerLife.WAITING else self._all)[each.post]
 
     def _on_exit(self, each: Worker) -> None:
         self._forget(each)
-        self._listener.ended(each, each.child.reap())
+        status = each.child.reap()
+        if each.life is WorkerLife.WAITING:
+            self._verbose(f"{each.child.name}, which nobody had needed yet, {children.how_it_ended(status)}")
+        else:
+            self._listener.ended(each, status)
 
     def _on_report(self, each: Worker) -> None:
         try:

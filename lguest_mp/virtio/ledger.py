@@ -22,10 +22,9 @@ The rest of the ledger is ``scratch``: memory for what the device does not want 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
+from types import TracebackType
 
 from lguest_mp.memory import PAGE_SIZE
 
@@ -94,14 +93,9 @@ class Ledger:
         #: Bytes for the device.
         self.scratch = view[_SIZE:]
 
-    @contextmanager
-    def inherited(self) -> Iterator[None]:
+    def inherited(self) -> Inherited:
         """What is forked within it has this ledger, too. Any other child must not touch it."""
-        self._mapping.madvise(mmap.MADV_DOFORK)
-        try:
-            yield
-        finally:
-            self._mapping.madvise(mmap.MADV_DONTFORK)
+        return Inherited(self._mapping)
 
     def open(self) -> None:
         """The queue is a new one: nothing in its rings is anybody's yet."""
@@ -123,6 +117,21 @@ class Ledger:
             self.fields[BYTES],
             moment / 1e9 if moment else None,
         )
+
+
+class Inherited:
+    """While it is entered, ``mapping`` is inherited."""
+
+    def __init__(self, mapping: mmap.mmap) -> None:
+        self._mapping = mapping
+
+    def __enter__(self) -> None:
+        self._mapping.madvise(mmap.MADV_DOFORK)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._mapping.madvise(mmap.MADV_DONTFORK)
 
 
 def done(progress: int) -> int | None:

@@ -559,7 +559,9 @@ def by_keys(machine: Machine) -> None:
     while True:
         match os.read(0, 1):
             case b"d":
-                machine.make_ready(next(drivers))
+                device = next(drivers)
+                machine.make_ready(device)
+                say("served by", *(machine.pid(device, queue) for queue in range(len(machine.devices[device].kicks))))
             case b"c":
                 _crash(machine, Order.CRASH)
             case b"b":

@@ -46,6 +46,15 @@ class Launched(Session):
         cpu, receiveq, transmitq, block = map(int, self.wait_for(r"^up (\d+) (\d+) (\d+) (\d+)", PATIENCE).groups)
         return {"cpu": cpu, "console/receiveq": receiveq, "console/transmitq": transmitq, "block0/requestq": block}
 
+    def waiting(self, name: str = "mule0/requestq") -> dict[str, int]:
+        """The PID of a worker that waits for its device's driver, as that which has none in ``hang``, by its name."""
+        deadline = time.monotonic() + PATIENCE
+        while not (found := [pid for pid, title in self.processes().items() if title == f"lguest[test] {name}"]):
+            assert time.monotonic() < deadline, "nobody waits for the driver"
+            time.sleep(0.01)
+        (pid,) = found
+        return {name: pid}
+
     def wait_until_raw(self) -> None:
         """Waits until the terminal is the guest's."""
         deadline = time.monotonic() + PATIENCE

@@ -16,12 +16,13 @@ NAMES = {
     "console/receiveq": "console/receive",
     "console/transmitq": "console/transmi",
     "block0/requestq": "block0/requestq",
+    "mule0/requestq": "mule0/requestq",
 }
 
 
 def test_ps_and_top_tell_who_serves_what(launch: Launch) -> None:
     launcher = launch("hang")
-    members = launcher.wait_until_up()
+    members = launcher.wait_until_up() | launcher.waiting()
     for name, pid in members.items():
         title = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode()
         assert title == f"lguest[test] {name}"
@@ -38,17 +39,19 @@ def test_the_machine_holds_its_channels_and_nothing_else(launch: Launch) -> None
 
 def test_a_worker_holds_its_queue_its_channel_and_standard_error(launch: Launch) -> None:
     launcher = launch("hang")
-    files = open_files(launcher.wait_until_up()["block0/requestq"])
-    assert files.pop(0) == files.pop(1) == os.devnull
-    files.pop(2)
-    kinds = sorted(target.split(":")[0].rstrip("0123456789[]") for target in files.values())
-    assert kinds == ["anon_inode", "anon_inode", "socket"]
+    members = launcher.wait_until_up() | launcher.waiting()
+    for name in ("block0/requestq", "mule0/requestq"):
+        files = open_files(members[name])
+        assert files.pop(0) == files.pop(1) == os.devnull
+        files.pop(2)
+        kinds = sorted(target.split(":")[0].rstrip("0123456789[]") for target in files.values())
+        assert kinds == ["anon_inode", "anon_inode", "socket"]
 
 
 def test_nothing_is_inherited_by_what_a_process_executes(launch: Launch) -> None:
     ours = {fd for fd in open_files(os.getpid()) if _survives_exec(os.getpid(), fd)}
     launcher = launch("hang")
-    for pid in (launcher.pid, *launcher.wait_until_up().values()):
+    for pid in (launcher.pid, *launcher.wait_until_up().values(), *launcher.waiting().values()):
         surviving = {fd for fd in open_files(pid) if _survives_exec(pid, fd)}
         assert surviving - {0, 1, 2} <= ours
 
@@ -92,16 +95,15 @@ def test_a_child_that_cannot_be_ended_is_left_behind(
     os.waitpid(child.pid, 0)
 
 
-def test_a_child_keeps_only_its_files_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in another root directory."""
+@pytest.mark.parametrize("has_close_range", [True, False])
+def test_a_child_keeps_only_its_files(monkeypatch: pytest.MonkeyPatch, *, has_close_range: bool) -> None:
+    """Also on Linux before 5.9."""
+    if not has_close_range:
+        monkeypatch.setattr(children, "_SYS_CLOSE_RANGE", 10_000)
     null = os.open(os.devnull, os.O_RDWR)
     kept, dropped, far = os.dup(null), os.dup(null), os.open(os.devnull, os.O_RDONLY)
 
-    def listdir(path: str) -> list[str]:
-        raise FileNotFoundError(path)
-
     def body() -> int:
-        monkeypatch.setattr(os, "listdir", listdir)
         children.keep_only([kept, far], null)
         return sum(_is_open(fd) << bit for bit, fd in enumerate((kept, dropped, far, null)))
 

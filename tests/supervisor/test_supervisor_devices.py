@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+from pathlib import Path
+
 import pytest
-from launching import Launch
+from launching import PATIENCE, Launch
 
 from lguest_mp.supervisor.log import BURST
 
@@ -22,6 +27,30 @@ from lguest_mp.supervisor.log import BURST
 def test_a_reset_is_done_when_the_workers_are_gone(launch: Launch, scenario: str) -> None:
     """Each scenario checks it from the machine's side; a failed assertion would be a dead guest."""
     launcher = launch(scenario)
+    assert launcher.finish() == 0, launcher.output
+    assert launcher.lines == []
+
+
+def test_a_worker_waits_for_its_driver(launch: Launch) -> None:
+    launcher = launch("by_keys")
+    launcher.wait_for("^up", PATIENCE)
+    pids = {**launcher.waiting("console/receiveq"), **launcher.waiting("console/transmitq")}
+    launcher.type("d")
+    launcher.wait_for(f"^served by {pids['console/receiveq']} {pids['console/transmitq']}\r", PATIENCE)
+    launcher.type("q")
+    assert launcher.finish() == 0, launcher.output
+
+
+def test_a_worker_that_ends_while_it_waits_has_a_successor_and_nobody_notices(launch: Launch) -> None:
+    launcher = launch("by_keys")
+    launcher.wait_for("^up", PATIENCE)
+    pid = launcher.waiting("console/receiveq")["console/receiveq"]
+    os.kill(pid, signal.SIGKILL)
+    while Path(f"/proc/{pid}").exists():
+        time.sleep(0.01)
+    launcher.type("d")
+    assert int(launcher.wait_for(r"^served by (\d+)", PATIENCE).groups[0]) != pid
+    launcher.type("q")
     assert launcher.finish() == 0, launcher.output
     assert launcher.lines == []
 

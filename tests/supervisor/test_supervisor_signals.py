@@ -27,7 +27,7 @@ def test_it_clears_up_and_dies_by_the_same_signal(launch: Launch, number: signal
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP])
 def test_children_leave_the_terminals_signals_to_the_supervisor(launch: Launch, number: signal.Signals) -> None:
     launcher = launch("hang")
-    members = launcher.wait_until_up()
+    members = launcher.wait_until_up() | launcher.waiting()
     for pid in members.values():
         os.kill(pid, number)
     launcher.signal(signal.SIGUSR1)
@@ -51,7 +51,7 @@ def test_what_its_parent_ignores_it_ignores(launch: Launch) -> None:
 
 def test_sigusr1_shows_the_processes(launch: Launch) -> None:
     launcher = launch("hang")
-    members = launcher.wait_until_up()
+    members = launcher.wait_until_up() | launcher.waiting()
     launcher.signal(signal.SIGUSR1)
     launcher.wait_for("lguest: block0/requestq", PATIENCE)
     header, *rows = [line.split() for line in launcher.lines]
@@ -66,7 +66,7 @@ def test_sigusr1_shows_the_processes(launch: Launch) -> None:
 def test_a_stopped_launcher_is_a_stopped_guest(launch: Launch) -> None:
     """In a process group without a shell (an orphaned one) Linux stops nobody: the guest goes on at once."""
     launcher = launch("hang")
-    members = launcher.wait_until_up()
+    members = launcher.wait_until_up() | launcher.waiting()
     launcher.signal(signal.SIGTSTP)
     launcher.signal(signal.SIGUSR1)
     launcher.wait_for("lguest: block0/requestq", PATIENCE)
