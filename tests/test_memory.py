@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
+import mmap
 import os
 import resource
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from hugepages import mapped_huge, needs_huge_pages, whole_blocks
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lguest_mp import memory as memory_module
 from lguest_mp.errors import GuestAddressError, LguestError
-from lguest_mp.memory import GIB, HIGH_RAM_BASE, LOW_RAM_LIMIT, PAGE_SIZE, GuestMemory, RamRegion
+from lguest_mp.memory import BLOCK_SIZE, GIB, HIGH_RAM_BASE, LOW_RAM_LIMIT, PAGE_SIZE, GuestMemory, RamRegion
 
 MIB = 1 << 20
 #: Sparse: none of its pages is ever touched but a few.
@@ -61,7 +66,7 @@ def test_ram_continues_above_4_gib(large: GuestMemory) -> None:
     ],
 )
 def test_there_is_no_memory_outside_ram(large: GuestMemory, gpa: int, length: int) -> None:
-    for access in (large.offset, large.slice, large.read):
+    for access in (large.offset, large.slice, large.read, large.make_huge):
         with pytest.raises(GuestAddressError, match="no guest memory at"):
             access(gpa, length)
 
@@ -125,6 +130,26 @@ def test_a_page_on_both_sides_is_inaccessible(memory: GuestMemory, where: int) -
     assert _in_child(lambda: ctypes.memset(address, 1, 1)) == -signal.SIGSEGV
 
 
+@pytest.mark.parametrize("size", [PAGE_SIZE, BLOCK_SIZE - PAGE_SIZE, BLOCK_SIZE, 5 * MIB])
+def test_it_begins_at_a_huge_page_whatever_its_size(size: int) -> None:
+    memories = [GuestMemory(size) for _ in range(8)]
+    assert [memory.address % BLOCK_SIZE for memory in memories] == [0] * 8
+    for memory in memories:
+        memory.write(size - 4, b"last")
+    assert [memory.read(size - 4, 4) for memory in memories] == [b"last"] * 8
+
+
+def test_it_lives_as_long_as_anybody_sees_it() -> None:
+    memory = GuestMemory(3 * MIB)
+    before, address, view = _addresses(), memory.address, memory.slice(MIB, 4)
+    view[:] = b"here"
+    del memory
+    assert bytes(view) == b"here"
+    del view
+    assert before - _addresses() >= 3 * MIB
+    assert f"{address:x}-" not in Path("/proc/self/maps").read_text()
+
+
 def test_it_is_sparse() -> None:
     before = _resident_shared()
     memory = GuestMemory(64 * GIB)
@@ -159,8 +184,131 @@ def test_many_ranges_at_once_are_checked_as_each_is(ranges: list[tuple[int, int]
             assert list(memory.offsets(gpas, lengths)) == each
 
 
+# --- huge pages ---
+
+
+@needs_huge_pages
+def test_the_blocks_that_lie_wholly_within_become_huge() -> None:
+    memory = GuestMemory(12 * MIB, huge_pages=True)
+    memory.write(5 * MIB, b"was there")
+    memory.make_huge(MIB, 8 * MIB)  # from the middle of block 0 to the middle of block 4
+    assert memory.huge_pages
+    assert whole_blocks(memory) == [1, 2, 3]
+    assert mapped_huge(memory.address) == 3 * BLOCK_SIZE
+    assert memory.read(5 * MIB, 9) == b"was there"
+    assert not any(memory.read(2 * MIB, 3 * MIB))
+    assert not any(memory.read(5 * MIB + 9, 3 * MIB - 9))
+
+
+@needs_huge_pages
+@pytest.mark.parametrize(("offset", "length"), [(0, BLOCK_SIZE - 1), (1, BLOCK_SIZE), (4 * MIB, MIB), (0, 0), (MIB, 0)])
+def test_where_no_block_lies_within_nothing_happens(offset: int, length: int) -> None:
+    memory = GuestMemory(5 * MIB, huge_pages=True)
+    memory.make_huge(offset, length)
+    assert memory.huge_pages
+    assert whole_blocks(memory) == []
+
+
+@needs_huge_pages
+def test_the_memory_above_4_gib_has_huge_pages_too() -> None:
+    memory = GuestMemory(LARGE, huge_pages=True)
+    memory.make_huge(HIGH_RAM_BASE, BLOCK_SIZE)
+    assert mapped_huge(memory.address) == BLOCK_SIZE
+    memory.write(HIGH_RAM_BASE + BLOCK_SIZE - 4, b"high")
+    assert bytes(memory.view[LOW_RAM_LIMIT + BLOCK_SIZE - 4 : LOW_RAM_LIMIT + BLOCK_SIZE]) == b"high"
+
+
+@needs_huge_pages
+def test_huge_pages_are_given_back_like_others() -> None:
+    memory = GuestMemory(4 * MIB, huge_pages=True)
+    memory.make_huge(0, 4 * MIB)
+    memory.write(3 * MIB, b"x")
+    memory.unmap_touched()
+    assert mapped_huge(memory.address) == 0
+    assert memory.read(3 * MIB, 1) == b"x"
+    memory.clear()
+    assert whole_blocks(memory) == []
+    assert memory.read(3 * MIB, 1) == b"\0"
+
+
+@needs_huge_pages
+def test_what_another_process_writes_meanwhile_stays() -> None:
+    blocks, step = 8, 16 * PAGE_SIZE
+    memory = GuestMemory(blocks * BLOCK_SIZE, huge_pages=True)
+    orders = mmap.mmap(-1, PAGE_SIZE, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+    rounds, is_over = 0, 1  # bytes of orders
+
+    def write_and_look() -> None:
+        """Counts from 1 to 255 and over, in a page out of 16; each has to hold what the last round wrote."""
+        last = b"\0"
+        while not orders[is_over]:
+            next_ = bytes([last[0] % 255 + 1])
+            for place in range(0, memory.size, step):
+                assert memory.view[place] == last[0]
+                memory.view[place] = next_[0]
+            last = next_
+            orders[rounds] = last[0]
+
+    pid = _fork(write_and_look)
+    try:
+        while not orders[rounds]:
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+        for block in range(blocks):
+            for _ in range(100):  # the writer may hold a page, and then the block stays as it is
+                memory.make_huge(block * BLOCK_SIZE, BLOCK_SIZE)
+                if len(whole_blocks(memory)) > block:
+                    break
+    finally:
+        orders[is_over] = 1
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status == 0
+    assert whole_blocks(memory) == list(range(blocks))
+    assert {memory.view[place] for place in range(0, memory.size, step)} == {orders[rounds]}
+
+
+def test_they_can_be_switched_off() -> None:
+    memory = GuestMemory(4 * MIB)
+    memory.make_huge(0, 4 * MIB)
+    assert mapped_huge(memory.address) == 0
+    assert whole_blocks(memory) == []
+
+
+@pytest.mark.parametrize("refused", ["_MADV_POPULATE_WRITE", "_MADV_COLLAPSE"])
+def test_a_host_that_has_none_is_asked_once(monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
+    """The kernel itself says no here, to advice that no version of it knows."""
+    memory = GuestMemory(4 * MIB, huge_pages=True)
+    memory.write(5, b"kept")
+    monkeypatch.setattr(memory_module, refused, 0x7000)
+    memory.make_huge(0, 4 * MIB)
+    assert not memory.huge_pages
+    assert memory.read(5, 4) == b"kept"
+    monkeypatch.undo()
+    memory.make_huge(0, 4 * MIB)
+    assert mapped_huge(memory.address) == 0
+
+
+@needs_huge_pages
+def test_a_block_that_is_busy_is_left_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = GuestMemory(4 * MIB, huge_pages=True)
+
+    def busy(*_: int) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory_module, "_advise", busy)
+        memory.make_huge(0, BLOCK_SIZE)
+    assert memory.huge_pages
+    memory.make_huge(BLOCK_SIZE, BLOCK_SIZE)
+    assert whole_blocks(memory) == [1]
+
+
 def _in_child(body: Callable[[], object]) -> int:
     """Runs ``body`` in a forked child; its exit status (negative: the signal)."""
+    return os.waitstatus_to_exitcode(os.waitpid(_fork(body), 0)[1])
+
+
+def _fork(body: Callable[[], object]) -> int:
+    """Has a child run ``body``; its process ID."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -170,7 +318,12 @@ def _in_child(body: Callable[[], object]) -> int:
             os._exit(0)
         finally:
             os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return pid
+
+
+def _addresses() -> int:
+    """Bytes of addresses that this process uses (proc(5), statm)."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * PAGE_SIZE
 
 
 def _resident_shared() -> int:
