@@ -78,8 +78,8 @@ class RecordingPlatform:
 class TinyMachine:
     """Memory and platform of one test; the engine is whatever a subclass or the test makes."""
 
-    def __init__(self, ram: int = RAM) -> None:
-        self.memory = GuestMemory(ram)
+    def __init__(self, ram: int = RAM, *, huge_pages: bool = False) -> None:
+        self.memory = GuestMemory(ram, huge_pages=huge_pages)
         self.platform = RecordingPlatform()
         write_tables(self.memory)
 
@@ -102,8 +102,8 @@ class TinyMachine:
 class Machine(TinyMachine):
     """The same with the embedded CPU."""
 
-    def __init__(self, ram: int = RAM) -> None:
-        super().__init__(ram)
+    def __init__(self, ram: int = RAM, *, huge_pages: bool = False) -> None:
+        super().__init__(ram, huge_pages=huge_pages)
         self.code_map = CodeMap(self.memory, 0)
         self.engine = UnicornEngine(self.memory, self.platform, self.code_map)
 

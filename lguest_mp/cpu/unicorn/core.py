@@ -24,7 +24,7 @@ from typing import Any
 
 from lguest_mp.codemap import CodeMap
 from lguest_mp.cpu.unicorn.internals import Internals
-from lguest_mp.memory import GuestMemory
+from lguest_mp.memory import BLOCK_SIZE, GuestMemory
 
 #: Bytes of translated code that are kept; when they are full, all is dropped and translated anew.
 TRANSLATION_BYTES = 256 << 20
@@ -56,6 +56,8 @@ class UnicornCore:
         slot("code_map").value = ctypes.addressof(ctypes.c_char.from_buffer(code_map.marks))
         slot("code_pages").value = code_map.pages
         self._connect("python_jobs", ctypes.CFUNCTYPE(None), self._jobs_callback())
+        if memory.huge_pages:
+            self._watch_blocks(memory)
 
     def _connect(self, slot: str, prototype: Any, function: Callable[..., Any]) -> None:
         """Has native.S call ``function``, which must not raise."""
@@ -75,6 +77,33 @@ class UnicornCore:
                 fail(error)
 
         return jobs
+
+    def _watch_blocks(self, memory: GuestMemory) -> None:
+        """Has each block of RAM become a huge page when the guest's CPU first comes there, and not before.
+
+        Nobody knows better which ones will be used, and a guest that uses few is to cost little.
+        """
+        end = memory.regions[-1].base + memory.regions[-1].size
+        # 1: it was, or is no RAM, or not the whole block is.
+        touched = bytearray(b"\1" * -(-end // BLOCK_SIZE))
+        for region in memory.regions:
+            first, last = region.base // BLOCK_SIZE, (region.base + region.size) // BLOCK_SIZE
+            touched[first:last] = bytes(last - first)
+        blocks = self._internals.native.slot("blocks")
+        make_huge, fail = memory.make_huge, self._fail
+
+        def on_touched(address: int) -> None:
+            try:
+                make_huge(address & -BLOCK_SIZE, BLOCK_SIZE)
+                if not memory.huge_pages:
+                    blocks.value = 0  # the host has none, and there is nothing more to look for
+            except BaseException as error:
+                fail(error)
+
+        self._touched = touched
+        self._internals.native.slot("touched").value = ctypes.addressof(ctypes.c_char.from_buffer(touched))
+        self._connect("python_touched", ctypes.CFUNCTYPE(None, ctypes.c_uint64), on_touched)
+        blocks.value = len(touched)
 
     def close(self) -> None:
         """Gives everything back that the CPU holds."""

@@ -368,7 +368,7 @@ class Internals:
         self.open_gate = self.native.address + _PAGE + SLOTS["gate"]
         slot("gate").value = self.open_gate
         slot("physical_limit").value = (1 << 64) - 1
-        for name in ("delivering", "beyond", "jobs_wanted"):
+        for name in ("delivering", "beyond", "jobs_wanted", "blocks"):
             slot(name).value = 0
 
     def _epilogue(self) -> int:

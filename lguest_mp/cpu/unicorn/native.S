@@ -80,6 +80,7 @@
         .set PAGE_WRITE, 2
         .set PAGE_EXEC, 4
         .set PAGE_SHIFT, 12
+        .set BLOCK_SHIFT, 21
         .set table, start + 4096
 
         /* The table; internals.py fills it by these names. */
@@ -153,6 +154,9 @@
         slot gen_branch, 67             /* tcg_gen_brcondi_i32(tcg_ctx, condition, temp - tcg_ctx, number, label) */
         slot const_i64, 68              /* tcg_const_i64(tcg_ctx, number): temp - tcg_ctx */
         slot const_i32, 69              /* tcg_const_i32(tcg_ctx, number): temp - tcg_ctx */
+        slot touched, 70                /* one byte per 2 MiB of physical addresses: not 0, nobody wants to know … */
+        slot blocks, 71                 /* … how many */
+        slot python_touched, 72         /* void touched(paddr): the first access to such a block */
 
 start:
 
@@ -469,12 +473,20 @@ fill:
    to a page slow while its TLB entry can execute, whether there is code or not; and a kernel that boots maps its data
    executable: 22 million slow stores. So an entry made for data can only execute if it cannot store.
    A host whose guest keeps its own page tables cannot trust them: what they lead to beyond the guest's memory becomes a
-   page fault here, where every translation has to pass. */
+   page fault here, where every translation has to pass.
+   And since it has to, the first access to a block of RAM is seen here, just before it is made. */
         .globl set_page
 set_page:
         cmp     rdx, [rip + physical_limit]
         jae     2f
-3:      cmp     dword ptr [rip + access], MMU_INST_FETCH
+3:      mov     rax, rdx
+        shr     rax, BLOCK_SHIFT
+        cmp     rax, [rip + blocks]
+        jae     6f
+        add     rax, [rip + touched]
+        cmp     byte ptr [rax], 0
+        je      7f
+6:      cmp     dword ptr [rip + access], MMU_INST_FETCH
         je      1f
         test    r8d, PAGE_WRITE
         jz      1f
@@ -499,6 +511,24 @@ set_page:
 5:      mov     esi, EXCP0E_PAGE
         mov     rcx, [rip + fill_return]
         call    [rip + raise_error]
+7:      mov     byte ptr [rax], 1
+        push    rdi
+        push    rsi
+        push    rdx
+        push    rcx
+        push    r8
+        push    r9
+        sub     rsp, 8
+        mov     rdi, rdx
+        call    [rip + python_touched]
+        add     rsp, 8
+        pop     r9
+        pop     r8
+        pop     rcx
+        pop     rdx
+        pop     rsi
+        pop     rdi
+        jmp     6b
 
 /* void iret(env, shift, next_eip), in place of helper_iret_protected: the library lets anybody return to virtual-8086
    mode, with the I/O privilege level of his choice. To do so takes level 0; others get a #GP. */
