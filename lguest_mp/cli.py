@@ -41,6 +41,7 @@ Options, anywhere before '--':
   --chroot=<dir>      make this the root directory before the guest runs (as root)
   --jail=off          let the guest's processes do whatever you may; to debug lguest
   --kernel-cache=off  unpack the kernel anew, and keep nothing of it in the user's cache directory
+  --huge-pages=off    keep the guest's memory in pages of 4 KiB: less of the host's is taken, in more time
   --name=<name>       what to call the guest in 'ps' and 'lguestctl'; otherwise the process ID
   --cpu=<engine>      what executes the guest: kvm, the host's /dev/kvm; unicorn, the embedded CPU; lguest, the host's
                       /dev/lguest; auto, the default: KVM where it can run a stock kernel, the embedded CPU elsewhere
@@ -70,8 +71,8 @@ Exit status: 0 the guest powered off, 1 lguest could not do it, 2 usage, 3 the g
 """
 _OPTIONS = [
     *("verbose", "net=", "tunnet=", "block=", "rng", "initrd=", "username=", "chroot="),
-    *("jail=", "kernel-cache=", "name=", "cpu=", "cpus=", "core=", "rings=", "machine=", "on-crash=", "stuck-after="),
-    *("demo", "help", "version"),
+    *("jail=", "kernel-cache=", "huge-pages=", "name=", "cpu=", "cpus=", "core=", "rings=", "machine=", "on-crash="),
+    *("stuck-after=", "demo", "help", "version"),
 ]
 _CPUS = ("auto", "kvm", "unicorn", "lguest")
 _RINGS = ("split", "packed")
@@ -129,6 +130,7 @@ def parse(arguments: Sequence[str]) -> GuestConfig:
         rings=_choice("rings", single.get("rings", _RINGS[0]), _RINGS),
         jail=_choice("jail", single.get("jail", "on"), _SWITCH) == "on",
         kernel_cache=_choice("kernel-cache", single.get("kernel-cache", "on"), _SWITCH) == "on",
+        huge_pages=_choice("huge-pages", single.get("huge-pages", "on"), _SWITCH) == "on",
         crash_policies=tuple(_crash_policy(value) for name, value in given if name == "on-crash"),
         stuck_after=_seconds("--stuck-after", single["stuck-after"]) if "stuck-after" in single else STUCK_AFTER,
     )

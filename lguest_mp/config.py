@@ -115,7 +115,8 @@ class GuestConfig:
     ``lguest``; ``auto``: what this host has. ``machine`` is ``pc`` or ``lguest``; None: the one that the kernel is for.
     ``core``: which one serves the virtqueues (``core.CHOICES``). ``rings``: what a driver is offered, ``split`` or
     ``packed`` (which it may refuse). ``jail``: whether its processes may do only what they need. ``kernel_cache``:
-    whether unpacked kernels are kept and looked for. ``crash_policies``: by device; None: of all others.
+    whether unpacked kernels are kept and looked for. ``huge_pages``: whether its memory may be in huge pages.
+    ``crash_policies``: by device; None: of all others.
     ``stuck_after``: how long (seconds) a worker may get nothing of its work done, 0: for ever.
     """
 
@@ -135,6 +136,7 @@ class GuestConfig:
     rings: str = "split"
     jail: bool = True
     kernel_cache: bool = True
+    huge_pages: bool = True
     crash_policies: tuple[tuple[str | None, CrashPolicy], ...] = ()
     stuck_after: float = STUCK_AFTER
 

@@ -71,6 +71,14 @@ def test_which_rings() -> None:
         cli.parse(["--rings=round", "256", "vmlinuz"])
 
 
+def test_whether_memory_may_be_in_huge_pages() -> None:
+    assert cli.parse(["256", "vmlinuz"]).huge_pages
+    assert cli.parse(["--huge-pages=on", "256", "vmlinuz"]).huge_pages
+    assert not cli.parse(["--huge-pages=off", "256", "vmlinuz"]).huge_pages
+    with pytest.raises(cli.UsageError, match="--huge-pages=never is unknown; there is on, off"):
+        cli.parse(["--huge-pages=never", "256", "vmlinuz"])
+
+
 def test_the_machine_is_the_kernels_choice_unless_it_is_named() -> None:
     assert cli.parse(["256", "vmlinuz"]).machine is None
     assert cli.parse(["256", "vmlinuz", "--machine=pc"]).machine == "pc"

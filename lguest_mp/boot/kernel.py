@@ -46,6 +46,8 @@ class Kernel:
 
     def load(self, memory: GuestMemory) -> None:
         """Copies the segments into memory that is zeros. LguestError: the file became unreadable, or another one."""
+        for segment in self.segments:
+            memory.make_huge(segment.address, segment.size)
         if self.kept is not None:
             if self.kept.load(memory):
                 return

@@ -183,6 +183,7 @@ class Prepared:
             raise ValueError(f"prepared for {self._memory_size} bytes of RAM, loaded into {memory.size}")
         self.kernel.load(memory)
         if self._initrd is not None:
+            memory.make_huge(self._initrd_address, self._initrd.size)
             self._initrd.read_into(memory.slice(self._initrd_address, self._initrd.size), 0)
         memory.write(COMMAND_LINE, self.command_line + b"\0")
         memory.write(ZERO_PAGE, bytes(self._zero_page()))

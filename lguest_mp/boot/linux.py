@@ -164,6 +164,7 @@ class Prepared:
             raise ValueError(f"prepared for {self._memory_size} bytes of memory, loaded into {memory.size}")
         self.kernel.load(memory)
         if self._initrd:
+            memory.make_huge(self._initrd_address, self._initrd.size)
             self._initrd.read_into(memory.slice(self._initrd_address, self._initrd.size), 0)
         memory.write(COMMAND_LINE, self.command_line + b"\0")
         memory.write(ACPI_TABLES, self._acpi)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from lguest_mp import jail
 from lguest_mp.errors import LguestError
 from lguest_mp.memory import GuestMemory
+from lguest_mp.supervisor.log import Level
 
 if TYPE_CHECKING:
     from lguest_mp.config import GuestConfig
@@ -57,6 +58,8 @@ class Resources:
         if not self.reboots_in_place:
             self.forget_kernel()
         self.memory.unmap_touched()
+        if self.config.huge_pages and not self.memory.huge_pages:
+            self.log.say("the host has no huge pages for the guest's memory", Level.INFO)
         return entry
 
     def forget_kernel(self) -> None:
@@ -102,7 +105,7 @@ def open_all(config: GuestConfig, parts: Parts, log: Log) -> Resources:
         if not confinement.is_empty:
             parts.load_machine()  # there may be no Python where we are going
         kernel = parts.read_kernel(config)
-        memory = GuestMemory(config.memory + parts.device_memory)
+        memory = GuestMemory(config.memory + parts.device_memory, huge_pages=config.huge_pages)
         try:
             null = os.open(os.devnull, os.O_RDWR)
         except OSError as error:

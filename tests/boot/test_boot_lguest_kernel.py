@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from boot_images import CODE, MIB, PACKERS, TEXT, bzimage, elf32, elf64, guest, is_zero, one_line
+from hugepages import needs_huge_pages, whole_blocks
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -125,6 +126,20 @@ def test_loading_again_gives_the_same(vmlinux: Path, initrd: Path) -> None:
     memory.clear()
     assert prepared.load(memory) == state
     assert bytes(memory.view) == first
+
+
+@needs_huge_pages
+def test_what_the_kernel_and_the_initrd_fill_is_in_huge_pages(tmp_path: Path) -> None:
+    """Blocks that they fill only in part are left to the guest."""
+    text, initrd_size = b"text" * (3 * MIB // 4), 5 * MIB // 2
+    kernel, initrd = tmp_path / "vmlinux", tmp_path / "initrd.img"
+    kernel.write_bytes(elf32([(TEXT, text, 4 * MIB)]))
+    initrd.write_bytes(b"initrd" + bytes(initrd_size - 6))
+    memory = GuestMemory(MEMORY + DEVICES, huge_pages=True)
+    prepare(guest(kernel, memory=MEMORY, initrd=initrd)).load(memory)
+    assert whole_blocks(memory) == [8, 15]
+    assert memory.read(TEXT, len(text)) == text
+    assert memory.read(MEMORY - initrd_size, 6) == b"initrd"
 
 
 def test_the_device_pages_are_left_to_the_devices(vmlinux: Path, initrd: Path) -> None:

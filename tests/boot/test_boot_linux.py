@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from boot_images import CODE, MEMORY, MIB, PACKERS, TEXT, bzimage, elf64, guest, one_line
+from hugepages import needs_huge_pages, whole_blocks
 
 from lguest_mp.boot import zeropage
 from lguest_mp.boot.acpi import acpi_tables
@@ -284,6 +285,21 @@ def test_a_guest_can_be_loaded_again_after_its_memory_was_cleared(bzimage_file: 
     memory.clear()
     assert prepared.load(memory) == state
     assert memory.read(0, MEMORY) == first
+
+
+@needs_huge_pages
+def test_what_the_kernel_and_the_initrd_fill_is_in_huge_pages(tmp_path: Path) -> None:
+    """Blocks that they fill only in part are left to the guest."""
+    text, data, initrd_size = b"text" * MIB, b"data" * (3 * MIB // 4), 5 * MIB // 2
+    kernel, initrd = tmp_path / "vmlinux", tmp_path / "initrd.img"
+    kernel.write_bytes(elf64([(TEXT, text, len(text)), (TEXT + 6 * MIB, data, 4 * MIB)]))
+    initrd.write_bytes(b"initrd" + bytes(initrd_size - 6))
+    memory = GuestMemory(MEMORY, huge_pages=True)
+    prepare(guest(kernel, initrd=initrd)).load(memory)
+    assert whole_blocks(memory) == [8, 9, 11, 15]
+    assert memory.read(TEXT, len(text)) == text
+    assert memory.read(TEXT + 6 * MIB, len(data)) == data
+    assert memory.read(MEMORY - initrd_size, 6) == b"initrd"
 
 
 def test_memory_of_another_size_is_a_bug(vmlinux: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from hugepages import guest_memory_of, mapped_huge, needs_huge_pages
 
 from guestkit.disk import MIB, make_sparse
 from guestkit.guest import Launch
@@ -28,6 +30,40 @@ def test_each_virtqueue_is_served_by_a_process_that_says_so(launch: Launch, disk
     assert len(set(guest.processes())) == len(members)
     comms = {Path(f"/proc/{pid}/comm").read_text() for pid in members.values()}
     assert len(comms) == len(members), "top shows 15 characters; they have to tell the processes apart"
+    guest.power_off()
+
+
+@needs_huge_pages
+def test_guest_memory_is_in_huge_pages(launch: Launch, disk: Path) -> None:
+    """All but a few blocks: one may have been busy, and the last may not be whole. It is the same memory to all."""
+    guest = launch("--cpu=unicorn", f"--block={disk}")
+    guest.boot()
+    guest.run("dd if=/dev/urandom of=/tmp/some bs=1M count=16")
+    process = guest.members()["cpu"]
+    address = guest_memory_of(process)
+    assert mapped_huge(address, process) >= 0.9 * mapped_huge(address, process, "Rss")
+    guest.run("dd if=/tmp/some of=/dev/vda bs=1M && dd if=/dev/vda bs=1M count=16 iflag=direct | cmp - /tmp/some")
+    guest.power_off()
+
+
+def test_guest_memory_is_in_small_pages_if_so_asked(launch: Launch) -> None:
+    guest = launch("--cpu=unicorn", "--huge-pages=off")
+    guest.boot()
+    process = guest.members()["cpu"]
+    assert mapped_huge(guest_memory_of(process), process) == 0
+    guest.power_off()
+
+
+@needs_huge_pages
+def test_on_a_host_without_huge_pages_a_guest_runs_all_the_same(launch: Launch) -> None:
+    """Who has had them switched off for itself (prctl(2), PR_SET_THP_DISABLE) and its children is on such a host."""
+    program = "import ctypes, os, sys; ctypes.CDLL(None).prctl(41, 1, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    launcher = [sys.executable, "-c", program, sys.executable, "-m", "lguest_mp"]
+    guest = launch("--cpu=unicorn", "--verbose", launcher=launcher)
+    guest.boot()
+    assert "the host has no huge pages for the guest's memory" in guest.output
+    process = guest.members()["cpu"]
+    assert mapped_huge(guest_memory_of(process), process) == 0
     guest.power_off()
 
 
