@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+
+from lguest_mp.record import Value
 
 #: How long (seconds) a worker may get nothing of its work done, unless somebody says otherwise: longer than a disk
 #: takes that is busy, or spins up.
 STUCK_AFTER = 30.0
 
 
-@dataclass(frozen=True)
-class BlockConfig:
+class BlockConfig(Value):
     """A disk: the file (or block device) that holds its bytes."""
 
     path: Path
 
 
-@dataclass(frozen=True)
-class RngConfig:
+class RngConfig(Value):
     """A source of random numbers, fed by the host's."""
 
 
-@dataclass(frozen=True)
-class TapConfig:
+class TapConfig(Value):
     """A network on a tap interface of the host.
 
     ``address`` (IPv4, dotted; with ``prefix`` bits of network, None: the address's class decides) is the host's on it,
@@ -38,8 +36,7 @@ class TapConfig:
     interface: str | None = None
 
 
-@dataclass(frozen=True)
-class Forward:
+class Forward(Value):
     """A port of the host that leads to a port of the guest; ``protocol`` is ``tcp`` or ``udp``."""
 
     protocol: str
@@ -48,8 +45,7 @@ class Forward:
     guest_port: int
 
 
-@dataclass(frozen=True)
-class UserConfig:
+class UserConfig(Value):
     """A network of the user's own, behind the host's: no privileges, guests are reached through ``forwards`` only.
 
     ``host_loopback``: the guest may connect to the host's own 127.0.0.1 (as 10.0.2.2).
@@ -59,8 +55,7 @@ class UserConfig:
     host_loopback: bool = False
 
 
-@dataclass(frozen=True)
-class LinkConfig:
+class LinkConfig(Value):
     """A wire between all guests of this user that name the same ``link``."""
 
     link: str
@@ -69,8 +64,7 @@ class LinkConfig:
 WireConfig = TapConfig | UserConfig | LinkConfig
 
 
-@dataclass(frozen=True)
-class NetConfig:
+class NetConfig(Value):
     """A network device.
 
     ``mac``: 6 bytes, None: made of the guest's name. ``mtu``: told to the guest; None: the wire's own. ``offload``:
@@ -94,8 +88,7 @@ class OnCrash(Enum):
     STOP = "stop"
 
 
-@dataclass(frozen=True)
-class CrashPolicy:
+class CrashPolicy(Value):
     """``action``; of restarts at most ``intensity`` in any ``period`` seconds, beyond which the device is stopped."""
 
     action: OnCrash = OnCrash.RESTART
@@ -106,8 +99,7 @@ class CrashPolicy:
 DeviceConfig = BlockConfig | RngConfig | NetConfig
 
 
-@dataclass(frozen=True)
-class GuestConfig:
+class GuestConfig(Value):
     """One guest as its user asked for it.
 
     ``memory`` is in bytes. ``devices`` are in the order of the command line; the console, which every guest has, is

@@ -27,8 +27,9 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, fields
 from typing import Any, TypeAlias, get_args
+
+from lguest_mp.record import Value
 
 #: Both sides have to speak the same.
 PROTOCOL = 1
@@ -42,13 +43,11 @@ MAX_TEXT = 1000
 # ---- What lguestctl says ----
 
 
-@dataclass(frozen=True)
-class Describe:
+class Describe(Value):
     """Asks what the guest is, and who serves what."""
 
 
-@dataclass(frozen=True)
-class ReadLog:
+class ReadLog(Value):
     """Asks for what the launcher said: the ``last`` lines of ``source`` (a process's name, None: all)."""
 
     source: str | None
@@ -56,46 +55,39 @@ class ReadLog:
     follow: bool
 
 
-@dataclass(frozen=True)
-class ListJail:
+class ListJail(Value):
     """Asks what the guest's processes may not do."""
 
 
-@dataclass(frozen=True)
-class Attach:
+class Attach(Value):
     """Asks to see the console, and to type; the terminal there has this size (0: there is none)."""
 
     columns: int
     rows: int
 
 
-@dataclass(frozen=True)
-class Resize:
+class Resize(Value):
     """Says that the terminal of whoever is attached has another size now."""
 
     columns: int
     rows: int
 
 
-@dataclass(frozen=True)
-class Stop:
+class Stop(Value):
     """Asks for the guest's end, in order."""
 
 
-@dataclass(frozen=True)
-class Reboot:
+class Reboot(Value):
     """Asks for the guest to start afresh, whatever it does."""
 
 
-@dataclass(frozen=True)
-class Restart:
+class Restart(Value):
     """Asks for others in place of the workers of a device (``block0``) or of one of its queues (``net0/receiveq``)."""
 
     device: str
 
 
-@dataclass(frozen=True)
-class Reset:
+class Reset(Value):
     """Asks for a device to fail, so that its driver resets it."""
 
     device: str
@@ -107,15 +99,13 @@ Request: TypeAlias = Describe | ReadLog | ListJail | Attach | Resize | Stop | Re
 # ---- What the supervisor says ----
 
 
-@dataclass(frozen=True)
-class Welcome:
+class Welcome(Value):
     """Somebody is connected. ``protocol`` is :data:`PROTOCOL`."""
 
     protocol: int
 
 
-@dataclass(frozen=True)
-class GuestFacts:
+class GuestFacts(Value):
     """A guest.
 
     ``pid`` is its supervisor's; ``life`` is ``starting`` or ``running``; ``started`` (seconds since 1970) is when
@@ -134,8 +124,7 @@ class GuestFacts:
     kernel: str
 
 
-@dataclass(frozen=True)
-class ProcessFacts:
+class ProcessFacts(Value):
     """A process of the guest, or a queue that nobody serves now (``pid`` None).
 
     ``name`` is as in ``ps``: ``block0/requestq``, ``cpu``; the supervisor's is ``supervisor``. ``device`` and ``queue``
@@ -159,8 +148,7 @@ class ProcessFacts:
     policy: str | None = None
 
 
-@dataclass(frozen=True)
-class LogLine:
+class LogLine(Value):
     """What the launcher said.
 
     ``time`` is in seconds since 1970, ``level`` as of syslog(3), ``source`` a process's name, or empty for the
@@ -173,8 +161,7 @@ class LogLine:
     text: str
 
 
-@dataclass(frozen=True)
-class ProcessJail:
+class ProcessJail(Value):
     """How one process was to be jailed when it was forked: its ``plan``, as ``jail/report.py`` goes by it."""
 
     process: str
@@ -182,25 +169,21 @@ class ProcessJail:
     plan: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Attached:
+class Attached(Value):
     """Somebody is attached. With this come, in this order, ``screen``, ``news`` and ``keys`` (``screen.py``)."""
 
 
-@dataclass(frozen=True)
-class Done:
+class Done(Value):
     """The answer is complete."""
 
 
-@dataclass(frozen=True)
-class Refused:
+class Refused(Value):
     """What was asked for cannot be done, and ``reason`` is why; one line for a person."""
 
     reason: str
 
 
-@dataclass(frozen=True)
-class Goodbye:
+class Goodbye(Value):
     """The guest ends, or this life of it; ``reason``: why, in words that go after "it has ended:"."""
 
     reboots: bool
@@ -241,7 +224,7 @@ def _decode(datagram: bytes, limit: int, kinds: tuple[type[Any], ...]) -> Any:
     try:
         name, values = json.loads(datagram)
         kind = next(kind for kind in kinds if kind.__name__ == name)
-        annotations = {field.name: str(field.type) for field in fields(kind)}
+        annotations: dict[str, str] = kind.__annotations__
         if type(values) is not dict or set(values) != set(annotations):
             raise ControlError(f"{name} with other fields than its own")
         return kind(**{field: _checked(annotation, values[field]) for field, annotation in annotations.items()})

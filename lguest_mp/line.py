@@ -11,15 +11,14 @@ from __future__ import annotations
 import os
 import select
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 from lguest_mp import screen
 from lguest_mp.errors import LguestError
+from lguest_mp.record import Value
 from lguest_mp.screen import ScreenWriter, Track
 
 
-@dataclass(frozen=True)
-class Attachment:
+class Attachment(Value):
     """What somebody needs who is attached: file descriptors to be sent or duplicated.
 
     ``screen`` (the supervisor's) is for :class:`lguest_mp.screen.ScreenReader`. ``news`` is readable when there is

@@ -28,10 +28,10 @@ import os
 import sys
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import add
 
 from lguest_mp.errors import GuestAddressError, LguestError
+from lguest_mp.record import Value
 
 PAGE_SIZE = 4096
 GIB = 1 << 30
@@ -56,8 +56,7 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-@dataclass(frozen=True)
-class RamRegion:
+class RamRegion(Value):
     """A run of RAM: ``size`` bytes at guest-physical ``base``, at ``offset`` in the mapping."""
 
     base: int

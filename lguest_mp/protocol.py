@@ -20,10 +20,10 @@ from __future__ import annotations
 import json
 import socket
 import struct
-from dataclasses import dataclass, fields
 from typing import Any, TypeAlias, get_args
 
 from lguest_mp.cpu.engine import EntryState
+from lguest_mp.record import Value
 from lguest_mp.virtio.device import QueueLayout
 
 #: The longest message, in bytes. A device has few queues, so this is generous.
@@ -32,20 +32,17 @@ MAX_MESSAGE = 16384
 _ASSIGNMENT = struct.Struct("=5Q")
 
 
-@dataclass(frozen=True)
-class Ready:
+class Ready(Value):
     """The machine process has all that it needs of the host and waits for :class:`Start`."""
 
 
-@dataclass(frozen=True)
-class Start:
+class Start(Value):
     """The supervisor's word to execute the guest's first instruction, with these registers."""
 
     entry: EntryState
 
 
-@dataclass(frozen=True)
-class DriverReady:
+class DriverReady(Value):
     """The guest's driver set DRIVER_OK: serve these queues (None: a queue the driver did not enable)."""
 
     device: int
@@ -53,8 +50,7 @@ class DriverReady:
     queues: tuple[QueueLayout | None, ...]
 
 
-@dataclass(frozen=True)
-class QueueReady:
+class QueueReady(Value):
     """The driver enabled one queue again after it had reset it (virtio 1.2, 2.6.1)."""
 
     device: int
@@ -63,65 +59,55 @@ class QueueReady:
     layout: QueueLayout
 
 
-@dataclass(frozen=True)
-class QueueReset:
+class QueueReset(Value):
     """The driver resets one queue: its worker is gone when the answer comes."""
 
     device: int
     queue: int
 
 
-@dataclass(frozen=True)
-class DeviceReset:
+class DeviceReset(Value):
     """The driver resets the device: its workers are gone when the answer comes."""
 
     device: int
 
 
-@dataclass(frozen=True)
-class PowerOff:
+class PowerOff(Value):
     """The guest switched itself off."""
 
 
-@dataclass(frozen=True)
-class Reboot:
+class Reboot(Value):
     """The guest wants to start afresh."""
 
 
-@dataclass(frozen=True)
-class Interrupted:
+class Interrupted(Value):
     """The person at the terminal typed ^C three times within a second."""
 
 
-@dataclass(frozen=True)
-class Died:
+class Died(Value):
     """The guest cannot go on; ``reason`` is one line for a person."""
 
     reason: str
 
 
-@dataclass(frozen=True)
-class Failed:
+class Failed(Value):
     """The machine process cannot run any guest here; ``reason`` is one line for a person."""
 
     reason: str
 
 
-@dataclass(frozen=True)
-class Log:
+class Log(Value):
     """Something the user may want to know, one line; ``verbose`` lines are shown with --verbose only."""
 
     text: str
     verbose: bool = True
 
 
-@dataclass(frozen=True)
-class Done:
+class Done(Value):
     """The supervisor's answer to a request."""
 
 
-@dataclass(frozen=True)
-class ConfigChanged:
+class ConfigChanged(Value):
     """A device's configuration space changed: ``data`` (hexadecimal) is now at ``offset``."""
 
     device: int
@@ -129,8 +115,7 @@ class ConfigChanged:
     data: str
 
 
-@dataclass(frozen=True)
-class DeviceBroken:
+class DeviceBroken(Value):
     """A device was stopped, because its driver broke the standard or its workers crashed: it needs a reset.
 
     (Virtio 1.2, 2.1.2.)
@@ -139,36 +124,31 @@ class DeviceBroken:
     device: int
 
 
-@dataclass(frozen=True)
-class DeviceMended:
+class DeviceMended(Value):
     """A device that was said to be broken is served again, from where it stopped, without a reset."""
 
     device: int
 
 
-@dataclass(frozen=True)
-class Assignment:
+class Assignment(Value):
     """What a worker hears, once (:func:`assign`): what the driver has decided for its queue."""
 
     features: int
     layout: QueueLayout
 
 
-@dataclass(frozen=True)
-class Serving:
+class Serving(Value):
     """A worker has its queue and serves it."""
 
 
-@dataclass(frozen=True)
-class Reconfigured:
+class Reconfigured(Value):
     """A worker changes its device's configuration space: ``data`` (hexadecimal) is now at ``offset``."""
 
     offset: int
     data: str
 
 
-@dataclass(frozen=True)
-class Broken:
+class Broken(Value):
     """A worker stops because the driver broke the standard; ``text`` says how."""
 
     text: str
@@ -198,7 +178,7 @@ Message: TypeAlias = (
 
 _TYPES: dict[str, type[Message]] = {kind.__name__: kind for kind in get_args(Message)}
 
-#: Dataclasses inside messages; all of their fields are unsigned integers of at most 64 bits.
+#: Values inside messages; all of their fields are unsigned integers of at most 64 bits.
 _RECORDS: dict[str, type[QueueLayout] | type[EntryState]] = {"QueueLayout": QueueLayout, "EntryState": EntryState}
 
 
@@ -222,7 +202,7 @@ def decode(datagram: bytes) -> Message:
 
 
 def _checked_fields(kind: type[Any], values: Any) -> dict[str, Any]:
-    annotations = {field.name: str(field.type) for field in fields(kind)}
+    annotations: dict[str, str] = kind.__annotations__
     if type(values) is not dict or set(values) != set(annotations):
         raise ProtocolError(f"{kind.__name__} with other fields than its own")
     return {name: _checked(annotation, values[name]) for name, annotation in annotations.items()}

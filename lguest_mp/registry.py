@@ -28,11 +28,11 @@ import socket
 import struct
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lguest_mp import legacy, runtime
 from lguest_mp.errors import LguestError
+from lguest_mp.record import Value
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,8 +65,7 @@ def is_name(text: str) -> bool:
     return 0 < len(text) <= NAME_LENGTH and set(text) <= NAME_CHARACTERS and text not in {".", ".."}
 
 
-@dataclass(frozen=True)
-class _Held:
+class _Held(Value):
     """File descriptors: the directory of all guests and this guest's, its lock, its listening socket."""
 
     guests: int

@@ -29,11 +29,11 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from dataclasses import dataclass
 from enum import IntEnum
 
 from lguest_mp import legacy
 from lguest_mp.errors import LguestError
+from lguest_mp.record import Value
 
 #: Bytes that are kept of each track: its ring. A power of two.
 RING = 256 << 10
@@ -157,8 +157,7 @@ class ScreenWriter:
         self._fields[self._mine] = self._position
 
 
-@dataclass(frozen=True)
-class _Found:
+class _Found(Value):
     """New bytes of one track: ``data`` begins at position ``start``; ``marks``: (own position, the other's)."""
 
     start: int

@@ -10,12 +10,11 @@ Source: the kernel's Documentation/arch/x86/boot.rst.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from lguest_mp.boot import zeropage
 from lguest_mp.boot.files import HostFile
 from lguest_mp.boot.zeropage import ZeroPage
 from lguest_mp.errors import LguestError
+from lguest_mp.record import Value
 
 SECTOR = 512
 #: The first header with xloadflags, by which an image says that it is 64-bit: Linux 3.8.
@@ -34,8 +33,7 @@ def is_bzimage(head: bytes) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class BzImage:
+class BzImage(Value):
     """Where the parts of an image lie in its file, in bytes, all of them checked against the file's size.
 
     ``payload_size`` is 0 when the header knows of none.

@@ -35,13 +35,13 @@ import struct
 import zlib
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 
 from lguest_mp.boot.elf import ElfImage, Segment
 from lguest_mp.boot.pieces import pieces
 from lguest_mp.errors import GuestAddressError
 from lguest_mp.memory import GuestMemory
+from lguest_mp.record import Value
 
 #: What all entries together may take, in bytes: those of some ten kernels.
 LIMIT = 512 << 20
@@ -69,8 +69,7 @@ class _Unusable(Exception):
     """An entry is damaged, or not to be trusted."""
 
 
-@dataclass(frozen=True)
-class Unpacked:
+class Unpacked(Value):
     """A kernel in an open entry: where it begins and its segments; addresses and sizes (bytes) of its pieces."""
 
     image: ElfImage

@@ -14,10 +14,10 @@ Source: the System V ABI, generic part, chapters 4 and 5; the kernel's arch/x86/
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
 from itertools import pairwise
 
 from lguest_mp.errors import LguestError
+from lguest_mp.record import Value
 
 ELF_MAGIC = b"\x7fELF"
 #: Where this many bytes from the start of a file are enough to hold both kinds of headers.
@@ -28,8 +28,7 @@ _LITTLE_ENDIAN = 1
 _MACHINE = slice(18, 20)
 
 
-@dataclass(frozen=True)
-class ElfKind:
+class ElfKind(Value):
     """A kind of kernel: ``bits`` of its ELF class, its ``machine`` by number and name, sizes of headers in bytes.
 
     ``wanted`` is what the user has to give.
@@ -49,8 +48,7 @@ X86_64 = ElfKind(64, 62, "EM_X86_64", 64, 56, 128, "a 64-bit x86 (x86-64) kernel
 I386 = ElfKind(32, 3, "EM_386", 52, 32, 2048, "a 32-bit x86 (i386) kernel")
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(Value):
     """``size`` bytes at ``offset`` of the file go to guest-physical ``address``; zeros follow up to ``memory_size``."""
 
     offset: int
@@ -64,8 +62,7 @@ class Segment:
         return self.address + self.memory_size
 
 
-@dataclass(frozen=True)
-class ElfImage:
+class ElfImage(Value):
     """What to load, ordered by file offset, and the guest-physical address to start at."""
 
     entry: int

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
 
 from lguest_mp.boot.bzimage import ENTRY_64, MAX_IMAGE_SIZE, BzImage, is_bzimage, parse_bzimage
 from lguest_mp.boot.cache import KernelCache, Unpacked, digest_of
@@ -21,14 +20,14 @@ from lguest_mp.boot.pieces import pieces
 from lguest_mp.boot.zeropage import ZeroPage
 from lguest_mp.errors import LguestError
 from lguest_mp.memory import LOW_RAM_LIMIT, GuestMemory
+from lguest_mp.record import Value
 
 MIB = 1 << 20
 #: Below 1 MiB are the tables that the loader makes.
 KERNEL_FIRST = 1 * MIB
 
 
-@dataclass(frozen=True)
-class Kernel:
+class Kernel(Value):
     """A kernel, read and checked: guest-physical addresses, sizes in bytes.
 
     Below ``end`` (and above 1 MiB) memory is the kernel's until it manages it itself. ``unpacks_itself``: what runs
@@ -158,7 +157,7 @@ def _unpack(file: HostFile, image: BzImage, payload: Payload, low_memory: int, c
         deque(stream, maxlen=0)  # takes them all and keeps none
         return kernel
     held = list(stream)
-    return replace(kernel, source=lambda: held)
+    return kernel.replace(source=lambda: held)
 
 
 def _all(first: list[bytes], others: Iterator[bytes]) -> Iterator[bytes]:

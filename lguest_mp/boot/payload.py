@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 from lguest_mp.boot.heap import large_buffers
 from lguest_mp.errors import LguestError
+from lguest_mp.record import Value
 
 #: What a decompressor is asked for at a time; also the most that one block of LZ4's legacy framing holds.
 CHUNK_SIZE = 8 << 20
@@ -153,8 +153,7 @@ def _zstd(data: memoryview, size: int) -> Iterator[bytes]:
     yield output
 
 
-@dataclass(frozen=True)
-class Compression:
+class Compression(Value):
     """One of the kernel's compressions: its first bytes, and how to unpack a given number of bytes.
 
     ``trailer`` bytes are appended by the kernel's build to say how many that are. ``cheap``: unpacking twice takes less

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+
+from lguest_mp.record import Value
 
 ZERO_PAGE_SIZE = 4096
 
@@ -27,7 +27,7 @@ SETUP_HEADER_LIMIT = 0x290
 HEADER_SIGNATURE = 0x5372_6448
 
 
-class Field(NamedTuple):
+class Field(Value):
     """A field of the zero page: its offset and its width as a code of the struct module."""
 
     offset: int
@@ -92,8 +92,7 @@ class E820Type(IntEnum):
     ACPI = 3
 
 
-@dataclass(frozen=True)
-class E820Entry:
+class E820Entry(Value):
     """``size`` bytes of guest-physical memory at ``base``."""
 
     base: int

@@ -37,12 +37,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
 
 from lguest_mp.errors import GuestError, LguestError
 from lguest_mp.memory import PAGE_SIZE, GuestMemory
+from lguest_mp.record import Value
 from lguest_mp.virtio.device import QUEUE_SIZE, Device, DeviceStatus, Feature, QueueLayout
 
 #: How many pages behind the RAM are for devices.
@@ -86,8 +86,7 @@ AVAILABLE_RING, USED_RING, RINGS_LENGTH = _ring_offsets(QUEUE_SIZE)
 RING_PAGES = -(-RINGS_LENGTH // PAGE_SIZE)
 
 
-@dataclass(frozen=True)
-class QueuePlace:
+class QueuePlace(Value):
     """A virtqueue: its interrupt, and the guest-physical address of its rings."""
 
     interrupt: int
@@ -97,8 +96,7 @@ class QueuePlace:
         return QueueLayout(QUEUE_SIZE, self.address, self.address + AVAILABLE_RING, self.address + USED_RING)
 
 
-@dataclass(frozen=True)
-class DevicePlace:
+class DevicePlace(Value):
     """A device: the guest-physical addresses of its descriptor and what follows that, and its queues."""
 
     descriptor: int
@@ -109,8 +107,7 @@ class DevicePlace:
     queues: tuple[QueuePlace, ...]
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Value):
     """Where every device is. ``end``: the guest-physical address where the device pages in use end."""
 
     devices: tuple[DevicePlace, ...]

@@ -18,8 +18,9 @@ one round (the usual swizzle), and tells the machine only when a line as a whole
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+from lguest_mp.record import Value
 
 #: The size of a device's window of memory-mapped registers, as a shift and in bytes.
 WINDOW_SHIFT = 15
@@ -55,8 +56,7 @@ _CONFIG_ENABLE = 1 << 31
 _CONFIG_ADDRESS_WRITABLE = 0x80FF_FFFC
 
 
-@dataclass(frozen=True)
-class PciIdentity:
+class PciIdentity(Value):
     """Who a device says it is. ``class_code`` is base class, subclass and programming interface, 24 bits."""
 
     vendor: int

@@ -38,7 +38,6 @@ import os
 import struct
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
 
@@ -56,6 +55,7 @@ from lguest_mp.bus.pci import (
     PciFunction,
     PciIdentity,
 )
+from lguest_mp.record import Record
 from lguest_mp.virtio.device import QUEUE_SIZE, Device, DeviceId, DeviceStatus, Feature, QueueLayout
 
 VENDOR = 0x1AF4
@@ -201,8 +201,7 @@ class Shortcuts(Protocol):
         """The worker's interrupts are this message (address, data) from now on; None: they come here again."""
 
 
-@dataclass
-class _Queue:
+class _Queue(Record):
     """What the driver has configured for one queue (4.1.4.3)."""
 
     size: int = QUEUE_SIZE

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
+from lguest_mp.record import Value
 
-@dataclass(frozen=True)
-class EntryState:
+
+class EntryState(Value):
     """The registers of the CPU at the guest's first instruction: 64-bit mode, paging on, interrupts off.
 
     ``code_selector``, ``data_selector`` index flat segments in the GDT at ``gdt_base`` (``gdt_limit`` as LGDT

@@ -12,8 +12,9 @@ All addresses are guest-physical. One thread, the machine process's main one, ca
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from enum import IntEnum
+
+from lguest_mp.record import Value
 
 #: What run() gives as ``Pending.trap`` when the guest asks for something by hypercall.
 NOTIFY = 0x1F
@@ -44,8 +45,7 @@ class Register(IntEnum):
     SS = 64
 
 
-@dataclass(frozen=True)
-class Pending:
+class Pending(Value):
     """Why the guest stopped (``struct lguest_pending``).
 
     ``trap`` is NOTIFY, of ``address``, or the trap that the launcher has to emulate: GENERAL_PROTECTION, or PAGE_FAULT

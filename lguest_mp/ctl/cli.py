@@ -12,7 +12,6 @@ import pwd
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +21,7 @@ from lguest_mp.ctl.completion import SCRIPTS, Completer, Grammar
 from lguest_mp.ctl.tables import printable
 from lguest_mp.errors import LguestError
 from lguest_mp.jail import User
+from lguest_mp.record import Value
 from lguest_mp.supervisor.ending import die_by
 
 _DESCRIPTION = "Looks after guests that lguest runs. A guest's NAME may be left out where just one guest runs."
@@ -44,8 +44,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; {self.prog} --help tells more")
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(Value):
     """An option of a command: its spellings, and what argparse is told of it."""
 
     names: tuple[str, ...]
@@ -57,8 +56,7 @@ class Option:
         return self.about.get("action") != "store_true"
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(Value):
     """A command: its positional ``arguments``, and the function that does it, given where guests are."""
 
     name: str

@@ -15,7 +15,6 @@ import struct
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -32,6 +31,7 @@ from lguest_mp.control import (
     Welcome,
 )
 from lguest_mp.errors import LguestError
+from lguest_mp.record import Value
 from lguest_mp.registry import Guests
 
 if TYPE_CHECKING:
@@ -72,8 +72,7 @@ class NoAnswer(LguestError):
         super().__init__(f"guest {name} does not answer; is {who} stopped?")
 
 
-@dataclass(frozen=True)
-class Description:
+class Description(Value):
     """A guest and its processes, as its supervisor has it."""
 
     guest: GuestFacts

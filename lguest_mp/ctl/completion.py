@@ -7,11 +7,11 @@ prints. So every shell completes the same, and guests and devices as they are at
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lguest_mp.ctl.client import Description
 from lguest_mp.errors import LguestError
+from lguest_mp.record import Value
 
 if TYPE_CHECKING:
     from lguest_mp.ctl.client import Place
@@ -48,8 +48,7 @@ SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 PATIENCE = 0.5
 
 
-@dataclass(frozen=True)
-class Grammar:
+class Grammar(Value):
     """A command: what its positional arguments are (``NAME``, ``DEVICE``, ``SHELL``), and its options.
 
     ``optional_name``: the first of them, NAME, may be left out. Options that take a value are in ``valued``.
@@ -61,8 +60,7 @@ class Grammar:
     valued: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Completer:
+class Completer(Value):
     """Completes for the ``commands``; the ``general`` options stand before them, and ``place`` is where guests are."""
 
     commands: dict[str, Grammar]

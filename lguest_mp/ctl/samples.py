@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lguest_mp.record import Value
 from lguest_mp.supervisor.processes import Sample, look_at
 
 if TYPE_CHECKING:
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from lguest_mp.ctl.client import Description
 
 
-@dataclass(frozen=True)
-class Process:
+class Process(Value):
     """One process (or a queue without one): what the supervisor says, what the host says, and whose it is."""
 
     guest: str
@@ -37,8 +36,7 @@ class Process:
         return self.facts.life if self.host is None or self.host.state is None else self.host.state
 
 
-@dataclass(frozen=True)
-class Moment:
+class Moment(Value):
     """All processes of some guests at one moment (``time``, of time.monotonic)."""
 
     time: float
@@ -57,8 +55,7 @@ def take(descriptions: Iterable[Description]) -> Moment:
     return Moment(time.monotonic(), tuple(guests), tuple(processes))
 
 
-@dataclass(frozen=True)
-class Rates:
+class Rates(Value):
     """How fast things go: ``cpu`` in CPU seconds per second, ``requests`` and ``bytes`` per second. None: unknown."""
 
     cpu: float | None = None

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lguest_mp.ctl import samples
 from lguest_mp.ctl.client import Description
+from lguest_mp.record import Value
 
 if TYPE_CHECKING:
     from lguest_mp.control import GuestFacts
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 
 
-@dataclass(frozen=True)
-class Stats:
+class Stats(Value):
     """All guests, ``silent`` ones by name only, and their processes, at one ``time`` (seconds since 1970)."""
 
     time: float
@@ -91,8 +90,7 @@ def _process(process: Process) -> dict[str, Any]:
 # ---- Prometheus ----
 
 
-@dataclass(frozen=True)
-class _Metric:
+class _Metric(Value):
     """A metric: its ``name`` without the prefix, its ``kind``, what it ``means``, and its samples, None left out."""
 
     name: str

@@ -14,7 +14,6 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from lguest_mp import terminal
 from lguest_mp.ctl import samples, tables
 from lguest_mp.ctl.client import Description, NoGuestError
 from lguest_mp.ctl.samples import Moment, Process, Rates
+from lguest_mp.record import Value
 from lguest_mp.supervisor.ending import die_by
 from lguest_mp.supervisor.signals import STOPPING, Signals
 from lguest_mp.terminal import Terminal
@@ -52,8 +52,7 @@ class Order(Enum):
     BYTES = "b"
 
 
-@dataclass(frozen=True)
-class View:
+class View(Value):
     """What one look found: everything now, how fast it goes, and guests that do not answer."""
 
     moment: Moment

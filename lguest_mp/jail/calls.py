@@ -21,7 +21,8 @@ import fcntl
 import mmap
 import termios
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from lguest_mp.record import Value
 
 #: Of x86-64, those that are in a list.
 NUMBERS = {
@@ -115,8 +116,7 @@ _INT = 0xFFFF_FFFF
 _LONG = 0xFFFF_FFFF_FFFF_FFFF
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(Value):
     """``argument`` (0 to 5), of which the bits of ``mask`` count, is ``value``; None: this process's ID.
 
     ``words`` say so to a person.
@@ -128,8 +128,7 @@ class Check:
     mask: int = _INT
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(Value):
     """A system call that may be made when all ``checks`` hold."""
 
     name: str
@@ -222,8 +221,7 @@ CODE = (Call("mmap", (_COUNTED,)), *plain("mprotect"))
 _PR_SET_VMA = 0x53564D41
 
 
-@dataclass(frozen=True)
-class Refusal:
+class Refusal(Value):
     """A call that fails with ``errno`` where no list allows it."""
 
     call: Call

@@ -11,10 +11,10 @@ its path, no program executed (see ``supervisor/reboot.py`` for what that means 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from lguest_mp.errors import LguestError
+from lguest_mp.record import Value
 
 #: Capability numbers, include/uapi/linux/capability.h.
 CAP_SETGID = 6
@@ -22,8 +22,7 @@ CAP_SETUID = 7
 CAP_SYS_CHROOT = 18
 
 
-@dataclass(frozen=True)
-class User:
+class User(Value):
     """A user of the host and the group of its own."""
 
     name: str
@@ -31,8 +30,7 @@ class User:
     gid: int
 
 
-@dataclass(frozen=True)
-class Confinement:
+class Confinement(Value):
     """What to enter. ``root``: a directory's file descriptor, ``user``: whom to become; None: stay."""
 
     root: int | None = None

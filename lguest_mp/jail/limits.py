@@ -17,11 +17,11 @@ from __future__ import annotations
 import ctypes
 import resource
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 
 from lguest_mp.jail.needs import Needs
 from lguest_mp.memory import PAGE_SIZE
+from lguest_mp.record import Value
 from lguest_mp.steps import Step
 
 _SYS_PRLIMIT64 = 302
@@ -32,8 +32,7 @@ _STANDARD_FILES = 3
 _INHERITED_FILES = 1024
 
 
-@dataclass(frozen=True)
-class Limit:
+class Limit(Value):
     """``value`` of the resource that /proc/<pid>/limits calls ``name``."""
 
     name: str

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from lguest_mp.jail.calls import Call
+from lguest_mp.record import Value
 
 
-@dataclass(frozen=True)
-class Needs:
+class Needs(Value):
     """The needs of a worker that does nothing but serve guest memory from guest memory, and more as it is said.
 
     ``calls``: system calls besides ``calls.COMMON``. ``more_files``: how many files it opens itself, or is sent.

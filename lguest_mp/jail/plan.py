@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from lguest_mp import steps
@@ -11,14 +10,14 @@ from lguest_mp.jail import calls, landlock, limits, privileges, seccomp
 from lguest_mp.jail.limits import Limit
 from lguest_mp.jail.needs import Needs
 from lguest_mp.jail.seccomp import Program
+from lguest_mp.record import Value
 from lguest_mp.steps import Step
 
 #: What the plan of a process that is not jailed says.
 OFF: dict[str, Any] = {"on": False}
 
 
-@dataclass(frozen=True)
-class Mechanisms:
+class Mechanisms(Value):
     """What the host has: a filter for system calls, this ABI of Landlock (0: none); and in words what it lacks."""
 
     seccomp: bool
@@ -41,8 +40,7 @@ def detect() -> Mechanisms:
     return Mechanisms(reason is None, abi, tuple(lacks))
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Value):
     """How one kind of process is jailed. Whoever is forked after it was made can enter it."""
 
     needs: Needs | None
@@ -73,16 +71,14 @@ class Plan:
         }
 
 
-@dataclass
 class Jail:
-    """What the supervisor has of it: :attr:`lacks`, and a plan for whom it forks. ``on``: --jail."""
+    """What the supervisor has of it: :attr:`lacks`, and a plan for whom it forks."""
 
-    on: bool = True
-    _mechanisms: Mechanisms = field(init=False)
-    _plans: dict[Needs | None, Plan] = field(init=False, default_factory=lambda: {None: Plan(None)})
-
-    def __post_init__(self) -> None:
-        self._mechanisms = detect() if self.on else Mechanisms(seccomp=False, landlock=0)
+    def __init__(self, on: bool = True) -> None:
+        """``on``: --jail."""
+        self._on = on
+        self._plans: dict[Needs | None, Plan] = {None: Plan(None)}
+        self._mechanisms = detect() if on else Mechanisms(seccomp=False, landlock=0)
         #: Of this process, from which all others are forked, when everything is loaded that it will need.
         self._memory = limits.memory()
 
@@ -95,7 +91,7 @@ class Jail:
 
     def plan(self, needs: Needs | None) -> Plan:
         """How a process with these needs is jailed; None: it is not. The same plan every time."""
-        if needs is None or not self.on:
+        if needs is None or not self._on:
             return self._plans[None]
         if needs not in self._plans:
             self._plans[needs] = self._make(needs)

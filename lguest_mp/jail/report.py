@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from lguest_mp.record import Value
 
 _FORCE, _NOT, _UNKNOWN = "in force", "NOT in force", "not known"
 #: Seccomp: in /proc/<pid>/status: SECCOMP_MODE_FILTER.
 _FILTERED = "2"
 
 
-@dataclass(frozen=True)
-class Restriction:
+class Restriction(Value):
     """One restriction of one process: whether it is in force, and what is to be known of it."""
 
     process: str
@@ -31,7 +31,7 @@ class Restriction:
 def report(name: str, pid: int, plan: dict[str, Any]) -> list[dict[str, str]]:
     """All of them for process ``pid``, whose plan says this of itself (``Plan.describe``)."""
     if not plan["on"]:
-        return [asdict(Restriction(name, "jail", _NOT, "it may do what its user may (--jail=off, or it has its own)"))]
+        return [vars(Restriction(name, "jail", _NOT, "it may do what its user may (--jail=off, or it has its own)"))]
     seen = _Seen(pid)
     rows = [
         ("no new privileges", _is(seen.status.get("NoNewPrivs"), "1"), "nothing that it executes gives it any"),
@@ -41,7 +41,7 @@ def report(name: str, pid: int, plan: dict[str, Any]) -> list[dict[str, str]]:
         ("file system, TCP, signals", *_landlock(plan)),
         *((f"limit: {limit.removeprefix('Max ')}", *seen.limit(limit, most)) for limit, most in plan["limits"].items()),
     ]
-    return [asdict(Restriction(name, *row)) for row in rows]
+    return [vars(Restriction(name, *row)) for row in rows]
 
 
 def _is(found: str | None, expected: str) -> str:

@@ -21,10 +21,10 @@ import os
 import struct
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from lguest_mp import steps
 from lguest_mp.jail.calls import NUMBERS, Call, Check, Refusal
+from lguest_mp.record import Value
 from lguest_mp.steps import Step
 
 _SYS_GETPID = 39
@@ -60,8 +60,7 @@ class _Filter(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p))
 
 
-@dataclass(frozen=True)
-class _Instruction:
+class _Instruction(Value):
     code: int
     operand: int
     if_true: int = 0
@@ -108,12 +107,12 @@ def missing() -> str | None:
     return None
 
 
-@dataclass
 class _Verdict:
-    """What becomes of one system call: allowed if all checks of one alternative hold, else ``otherwise``."""
+    """What becomes of one system call: allowed if all checks of one alternative hold, else refused if all of one do."""
 
-    alternatives: list[tuple[Check, ...]] = field(default_factory=list)
-    refusals: list[tuple[tuple[Check, ...], int]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.alternatives: list[tuple[Check, ...]] = []
+        self.refusals: list[tuple[tuple[Check, ...], int]] = []
 
 
 def assemble(allowed: Iterable[Call], refused: Iterable[Refusal] = ()) -> Program:

@@ -34,11 +34,11 @@ import os
 import struct
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 from lguest_mp.errors import GuestAddressError, LguestError
 from lguest_mp.memory import PAGE_SIZE, GuestMemory
+from lguest_mp.record import Value
 
 _NS = 1_000_000_000
 
@@ -83,8 +83,7 @@ class TscReader:
         self.read: Callable[[], int] = ctypes.PYFUNCTYPE(ctypes.c_uint64)(address)
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(Value):
     """A value of the time stamp counter and CLOCK_MONOTONIC, in nanoseconds, at one moment."""
 
     tsc: int
@@ -205,8 +204,7 @@ def scale(rate: float) -> tuple[int, int]:
     return min(round(rate * (1 << 32)), 0xFFFF_FFFF), shift
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(Value):
     """What is published: guest time ``ns`` at ``tsc``, and the rate from there on."""
 
     tsc: int

@@ -18,9 +18,9 @@ without a base in it (mod 0, base 5); and bytes are moved by instructions with a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from lguest_mp.cpu.lguest_host import GENERAL_PROTECTION, PAGE_FAULT, LguestHost, Pending, Register
+from lguest_mp.record import Value
 
 _KERNEL_RING = 1
 _CLI = 0xFA
@@ -56,8 +56,7 @@ def _ignore(_offset: int, _size: int, _value: int) -> None:
     pass
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(Value):
     """A device's registers: ``size`` bytes at guest-physical ``address``.
 
     ``read(offset, size)`` is a load of 1, 2 or 4 bytes, of which it may give more than are asked for;

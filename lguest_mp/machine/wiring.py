@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from lguest_mp.line import Line
+from lguest_mp.record import Value
 from lguest_mp.virtio.console import Console
 from lguest_mp.virtio.device import Device
 
 
-@dataclass(frozen=True)
-class DevicePort:
+class DevicePort(Value):
     """A device and its eventfds, one of each kind per queue.
 
     ``kicks`` go from the guest to the workers, ``calls`` from the workers to the guest. All are blocking. ``packed``:

@@ -21,11 +21,11 @@ import sys
 import time
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from lguest_mp.network import mac as addresses
 from lguest_mp.network.wire import LONGEST_FRAME
+from lguest_mp.record import Value
 
 if TYPE_CHECKING:
     from lguest_mp.supervisor.loop import Loop, Timer
@@ -62,8 +62,7 @@ def address_of(name: str) -> bytes | None:
     return bytes.fromhex(name.replace(":", "")) if _NAME.fullmatch(name) else None
 
 
-@dataclass(frozen=True)
-class Newcomers:
+class Newcomers(Value):
     """Who is on the link and was not known: by address, a socket (file descriptor, not blocking) connected to theirs.
 
     ``more``: there are others. ``error``: an errno that says why they could not be reached, 0 if none.

@@ -17,12 +17,12 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, NoReturn
 
 from lguest_mp import prctl, steps, worker
 from lguest_mp.errors import LguestError
+from lguest_mp.record import Record, Value
 from lguest_mp.steps import Step
 from lguest_mp.supervisor import signals
 from lguest_mp.supervisor.complaints import Complaints
@@ -39,8 +39,7 @@ _SYS_CLOSE_RANGE = 436
 _LAST_FD = 0x7FFF_FFFF
 
 
-@dataclass(eq=False)
-class Child:
+class Child(Record):
     """A process that this one forked. ``name`` as people call it: ``cpu``, ``block0/requestq``."""
 
     name: str
@@ -85,8 +84,7 @@ class Child:
             self.complaints.finish(crashed=crashed)
 
 
-@dataclass(frozen=True)
-class Ear:
+class Ear(Value):
     """Where what children write to their standard error is waited for, and where it goes."""
 
     loop: Loop
@@ -106,8 +104,7 @@ class Naming:
         return Name(self._title.setter(title), (prctl.comm(comm),))
 
 
-@dataclass(frozen=True)
-class Name:
+class Name(Value):
     """What a process is called."""
 
     set_title: Callable[[], None]

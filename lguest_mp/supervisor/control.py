@@ -28,7 +28,6 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from lguest_mp import control
@@ -50,6 +49,7 @@ from lguest_mp.control import (
     Welcome,
 )
 from lguest_mp.errors import LguestError
+from lguest_mp.record import Value
 from lguest_mp.supervisor import ending
 
 if TYPE_CHECKING:
@@ -129,8 +129,7 @@ class Subject(Protocol):
         """Has ``callback`` called with each line from now on; what is returned ends that."""
 
 
-@dataclass(frozen=True)
-class _Outgoing:
+class _Outgoing(Value):
     """A message to be sent; ``files`` go with it; ``then`` is done when it is on its way (or cannot be any more)."""
 
     message: Answer
@@ -138,19 +137,19 @@ class _Outgoing:
     then: Callable[[], None] = lambda: None
 
 
-@dataclass(eq=False)
 class _Client:
     """Somebody connected. ``answer`` is what they still have to get, ``stuck`` what they did not take."""
 
-    channel: socket.socket
-    answer: Iterator[_Outgoing] = field(default_factory=lambda: iter([_Outgoing(Welcome(control.PROTOCOL))]))
-    stuck: _Outgoing | None = None
-    #: Lines for one who follows the log of this source, and how to stop that.
-    news: deque[LogLine] = field(default_factory=deque)
-    unfollow: Callable[[], None] | None = None
-    is_attached: bool = False
-    #: When they last said or took something, or there was something new to take (time.monotonic).
-    active: float = field(default_factory=time.monotonic)
+    def __init__(self, channel: socket.socket) -> None:
+        self.channel = channel
+        self.answer: Iterator[_Outgoing] = iter([_Outgoing(Welcome(control.PROTOCOL))])
+        self.stuck: _Outgoing | None = None
+        #: Lines for one who follows the log of this source, and how to stop that.
+        self.news: deque[LogLine] = deque()
+        self.unfollow: Callable[[], None] | None = None
+        self.is_attached = False
+        #: When they last said or took something, or there was something new to take (time.monotonic).
+        self.active = time.monotonic()
 
     @property
     def is_in_use(self) -> bool:

@@ -28,7 +28,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
@@ -36,12 +35,14 @@ from lguest_mp import protocol, worker
 from lguest_mp.config import OnCrash
 from lguest_mp.errors import LguestError
 from lguest_mp.protocol import Assignment, DeviceReset, DriverReady, ProtocolError, QueueReady, QueueReset
+from lguest_mp.record import Record, Value
 from lguest_mp.supervisor import children, ending
 from lguest_mp.supervisor.log import Level
 from lguest_mp.supervisor.loop import is_readable
 from lguest_mp.supervisor.restarts import Restarts
 from lguest_mp.supervisor.watch import Watch
 from lguest_mp.supervisor.workers import Post, Worker, WorkerLife, WorkerListener, Workers
+from lguest_mp.virtio.ledger import Ledger
 
 if TYPE_CHECKING:
     from lguest_mp.config import CrashPolicy
@@ -68,8 +69,7 @@ class DeviceLife(Enum):
     FAILED = auto()
 
 
-@dataclass(eq=False)
-class QueueService:
+class QueueService(Record):
     """How one queue is served: what its driver decided (None: not to use it), by whom, and when by whom next."""
 
     post: Post
@@ -88,8 +88,7 @@ class QueueService:
             self.gap = None
 
 
-@dataclass(eq=False)
-class ServedDevice:
+class ServedDevice(Record):
     """A device with its eventfds, and how its queues are served."""
 
     index: int
@@ -110,16 +109,14 @@ class ServedDevice:
         return all(each.life is not WorkerLife.STARTING for each in self.workers())
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(Value):
     """What the machine waits for: ``finish`` is called when ``is_done`` holds, and then it gets its answer."""
 
     is_done: Callable[[], bool]
     finish: Callable[[], None] = lambda: None
 
 
-@dataclass(frozen=True)
-class Listener:
+class Listener(Value):
     """Whom the devices tell: that the guest is to end; what the machine has to know."""
 
     end: Callable[[Ending], None]
@@ -151,7 +148,7 @@ class Devices:
         for index, port in enumerate(ports):
             policy = config.crash_policy_of(port.device.name)
             queues = [
-                QueueService(Post(port.device, queue, len(self._of) + queue, kick, call), Restarts(policy))
+                QueueService(Post(port.device, queue, len(self._of) + queue, kick, call, Ledger()), Restarts(policy))
                 for queue, (kick, call) in enumerate(zip(port.kicks, port.calls, strict=True))
             ]
             served = ServedDevice(index, port, policy, queues)

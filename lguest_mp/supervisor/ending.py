@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import NoReturn
+
+from lguest_mp.record import Value
 
 
 class ExitStatus(IntEnum):
@@ -19,23 +20,20 @@ class ExitStatus(IntEnum):
     WORKER_DIED = 4
 
 
-@dataclass(frozen=True)
-class Exit:
+class Exit(Value):
     """The launcher exits with this status; ``line`` says why."""
 
     status: ExitStatus
     line: str | None = None
 
 
-@dataclass(frozen=True)
-class Signalled:
+class Signalled(Value):
     """The launcher was told to stop by this signal; it dies by it, so that its parent knows."""
 
     signum: int
 
 
-@dataclass(frozen=True)
-class Rebooting:
+class Rebooting(Value):
     """The guest starts afresh."""
 
 

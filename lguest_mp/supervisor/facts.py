@@ -11,12 +11,12 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lguest_mp.config import CrashPolicy, OnCrash
 from lguest_mp.control import GuestFacts, ProcessFacts, ProcessJail
 from lguest_mp.errors import LguestError
+from lguest_mp.record import Value
 from lguest_mp.supervisor import ending
 from lguest_mp.supervisor.devices import DeviceLife
 
@@ -42,15 +42,14 @@ class Whole(Protocol):
         """How its processes were to be jailed: the fields of a ProcessJail each."""
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(Value):
     """One life of a guest, after ``reboots`` others. The Subject of ``supervisor/control.py``."""
 
     owned: Resources
     devices: Devices
     whole: Whole
     reboots: int
-    started: float = field(default_factory=time.time)
+    started: float
 
     # ---- What there is ----
 

@@ -20,6 +20,7 @@ import os
 import signal
 import socket
 import struct
+import time
 from enum import Enum, auto
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -161,7 +162,7 @@ class Guest:
         from lguest_mp.supervisor.control import Control  # noqa: PLC0415 -- 20 ms, a tenth of a guest's start
         from lguest_mp.supervisor.facts import Facts  # noqa: PLC0415
 
-        facts = Facts(self._resources, self._devices, self, self._reboots)
+        facts = Facts(self._resources, self._devices, self, self._reboots, time.time())
         self._control = Control(self._claim.listener, self._claim.owner, self._loop, facts)
 
     def _channel_pair(self) -> tuple[socket.socket, socket.socket]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass
 from typing import NoReturn
+
+from lguest_mp.record import Value
 
 PATH = "/dev/kvm"
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(Value):
     """``file``: the opened device, close-on-exec, for whoever asked; None: it cannot be opened.
 
     ``reason``: why it is not to be used for a stock kernel; empty: it is.

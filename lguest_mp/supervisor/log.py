@@ -19,12 +19,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing, suppress
-from dataclasses import astuple, dataclass, field
 from enum import IntEnum
 from itertools import islice
 from typing import Protocol
 
 from lguest_mp import legacy
+from lguest_mp.record import Record, Value
 from lguest_mp.supervisor.stderr import StandardError
 
 #: So many lines are kept, of so many characters together.
@@ -53,8 +53,7 @@ class Level(IntEnum):
     DEBUG = 7
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(Value):
     """One line. ``time``: seconds since the epoch; ``level``: a :class:`Level`; ``source``: "" is the supervisor."""
 
     time: float
@@ -80,16 +79,15 @@ class Output(Protocol):
         """Shows what is left, if it can be done soon."""
 
 
-@dataclass(slots=True)
 class _Source:
     """What is kept of one source, with each line's number in the whole log."""
 
-    kept: deque[tuple[int, Entry]] = field(default_factory=deque)
-    characters: int = 0
+    def __init__(self) -> None:
+        self.kept: deque[tuple[int, Entry]] = deque()
+        self.characters = 0
 
 
-@dataclass(slots=True)
-class _Allowance:
+class _Allowance(Record):
     """How much may still be said, as of the moment ``counted``; and what was ``dropped`` since there was none left."""
 
     counted: float
@@ -197,7 +195,7 @@ class Log:
         with suppress(OSError):
             fd = os.memfd_create("lguest-log", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             with open(fd, "w", closefd=False) as file:
-                json.dump([astuple(entry) for entry in self.entries()], file)
+                json.dump([[*vars(entry).values()] for entry in self.entries()], file)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             legacy.leave(_VARIABLE, fd)
 

@@ -11,18 +11,21 @@ import select
 import selectors
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from lguest_mp.record import Record
 
-@dataclass(order=True)
-class Timer:
+
+class Timer(Record):
     """Something that is done at ``due`` (time.monotonic), unless it is cancelled before."""
 
     due: float
     number: int
-    react: Callable[[], None] | None = field(compare=False)
+    react: Callable[[], None] | None
+
+    def __lt__(self, other: Timer) -> bool:
+        return (self.due, self.number) < (other.due, other.number)
 
     def cancel(self) -> None:
         """Does nothing if it is done."""

@@ -8,12 +8,12 @@ another instance. :func:`pc` is the machine of a stock kernel, :func:`lguest` th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lguest_mp import core
 from lguest_mp.errors import LguestError
+from lguest_mp.record import Value
 from lguest_mp.supervisor.log import say
 
 if TYPE_CHECKING:
@@ -86,8 +86,7 @@ class QueueMaker(Protocol):
     ) -> Queue: ...
 
 
-@dataclass(frozen=True)
-class Parts:
+class Parts(Value):
     """The parts of one kind of guest.
 
     ``load_machine`` imports *all* that the machine process will ever need and returns its body; LguestError if the
@@ -127,7 +126,7 @@ def of(config: GuestConfig, probe: Probe | None = None) -> Parts:
         from lguest_mp.virtio import packed  # noqa: PLC0415 -- most guests have none
 
         make_queue, of_core = packed.queue_maker(split), f"Python for packed virtqueues; for others, {of_core}"
-    return replace(_machine_parts(config, probe), make_queue=make_queue, core=of_core)
+    return _machine_parts(config, probe).replace(make_queue=make_queue, core=of_core)
 
 
 def _machine_parts(config: GuestConfig, probe: Probe | None) -> Parts:
@@ -170,7 +169,7 @@ def _pc(config: GuestConfig, kvm: Verdict | None) -> Parts:
         return pc_on_kvm(kvm.file)
     kvm.discard()
     _require_one_cpu(config, "the embedded CPU", f"; KVM is not used: {kvm.reason}")
-    return replace(pc(config.core), engine=f"the embedded CPU; KVM is not used: {kvm.reason}")
+    return pc(config.core).replace(engine=f"the embedded CPU; KVM is not used: {kvm.reason}")
 
 
 def _require_one_cpu(config: GuestConfig, what: str, why: str = "") -> None:
@@ -210,8 +209,7 @@ def pc_on_kvm(file: int) -> Parts:
     """The same on the host's KVM, which ``file`` is; it sees every store to guest memory itself."""
     from lguest_mp.cpu.kvm.needs import KVM  # noqa: PLC0415
 
-    return replace(
-        pc(),
+    return pc().replace(
         make_watches=lambda _memory, _workers: None,
         load_machine=partial(_load_kvm, file),
         machine_needs=KVM,
@@ -235,7 +233,7 @@ def lguest_on_device() -> Parts:
 
     file = open_device()
     parts = _lguest(lambda _memory, _workers: None, partial(_load_device, file), needs.DEV_LGUEST)
-    return replace(parts, machine_files=(file,), engine=PATH)
+    return parts.replace(machine_files=(file,), engine=PATH)
 
 
 def _lguest(

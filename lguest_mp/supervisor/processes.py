@@ -8,11 +8,11 @@ what cannot be known is a dash.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from lguest_mp.record import Value
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(Value):
     """One process at one moment: its ``state`` in psutil's words, CPU ``seconds``, ``own_memory`` (USS) in bytes."""
 
     name: str

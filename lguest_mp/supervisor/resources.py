@@ -14,12 +14,12 @@ from __future__ import annotations
 import gc
 import os
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lguest_mp import jail
 from lguest_mp.errors import LguestError
 from lguest_mp.memory import GuestMemory
+from lguest_mp.record import Record
 from lguest_mp.supervisor.log import Level
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from lguest_mp.virtio.device import Device
 
 
-@dataclass
-class Resources:
+class Resources(Record):
     """What one launcher holds, from its start to its end. ``null`` is /dev/null, opened for reading and writing."""
 
     config: GuestConfig

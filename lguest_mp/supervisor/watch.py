@@ -17,9 +17,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lguest_mp.record import Record
 from lguest_mp.supervisor import processes
 from lguest_mp.supervisor.loop import is_readable
 from lguest_mp.supervisor.workers import Worker, WorkerLife
@@ -35,8 +35,7 @@ _LOOKS = 4
 _BUSY = 1.0
 
 
-@dataclass
-class _Suspicion:
+class _Suspicion(Record):
     """A worker that had something to do, and what it had completed, ``since`` (time.monotonic)."""
 
     progress: tuple[int, int]

@@ -13,7 +13,6 @@ import signal
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from lguest_mp import protocol, worker
 from lguest_mp.errors import LguestError
 from lguest_mp.protocol import Assignment, ProtocolError
+from lguest_mp.record import Record, Value
 from lguest_mp.supervisor import children
 from lguest_mp.supervisor.children import Birth, Child, Ear
 from lguest_mp.supervisor.log import Level
@@ -49,8 +49,7 @@ class WorkerLife(Enum):
     LEAVING = auto()
 
 
-@dataclass(eq=False)
-class Post:
+class Post(Record):
     """One queue of one device: what its workers are given, one after the other.
 
     ``number`` counts over all queues of the guest. ``name`` is its workers', as in ``ps``.
@@ -61,15 +60,14 @@ class Post:
     number: int
     kick: int
     call: int
-    account: Ledger = field(default_factory=Ledger)
+    account: Ledger
 
     @property
     def name(self) -> str:
         return f"{self.device.name}/{self.device.queue_names[self.queue]}"
 
 
-@dataclass(eq=False)
-class Worker:
+class Worker(Record):
     """A process that serves one queue."""
 
     post: Post
@@ -99,8 +97,7 @@ class Worker:
         return account.requests != self.requests_before or account.phase is not ledger.Phase.SERVING
 
 
-@dataclass(frozen=True)
-class _Cradle:
+class _Cradle(Value):
     """What a worker comes into: its channel's ends, and what is decided about it."""
 
     post: Post
@@ -116,8 +113,7 @@ class _Cradle:
             self.birth.fork()
 
 
-@dataclass(frozen=True)
-class WorkerListener:
+class WorkerListener(Value):
     """Whom the workers' lives concern. ``ended`` gets the status as of wait(2)."""
 
     ended: Callable[[Worker, int], None]

@@ -14,11 +14,11 @@ in guest memory.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import TYPE_CHECKING
 
 from lguest_mp.jail.needs import Needs
+from lguest_mp.record import Value
 
 if TYPE_CHECKING:
     from lguest_mp.supervisor.children import Child
@@ -65,8 +65,7 @@ class DeviceStatus(IntFlag):
     FAILED = 128
 
 
-@dataclass(frozen=True)
-class QueueLayout:
+class QueueLayout(Value):
     """Where the driver put a split virtqueue: ``size`` descriptors, and three guest-physical addresses.
 
     Of a packed one these are descriptor ring, driver event suppression and device event suppression.

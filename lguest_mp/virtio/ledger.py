@@ -22,11 +22,11 @@ The rest of the ledger is ``scratch``: memory for what the device does not want 
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
 from enum import IntEnum
 from types import TracebackType
 
 from lguest_mp.memory import PAGE_SIZE
+from lguest_mp.record import Value
 
 PROGRESS = 0
 #: What the worker does now, a :class:`Phase`.
@@ -68,8 +68,7 @@ class Phase(IntEnum):
     WAITING = 2
 
 
-@dataclass(frozen=True)
-class Account:
+class Account(Value):
     """What a ledger says at one moment. ``moment`` is None before the first request."""
 
     phase: Phase

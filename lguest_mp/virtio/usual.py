@@ -7,13 +7,15 @@ does, with the same result; everything else comes back to that code. The core in
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from lguest_mp.record import Value
 
 if TYPE_CHECKING:
     from lguest_mp.screen import ScreenWriter
 
 
-class DiskRequests(NamedTuple):
+class DiskRequests(Value):
     """Reads and writes of a disk of ``size`` bytes (``virtio/block.py``), which succeed.
 
     The header and the status have a descriptor each. ``write_flags`` are pwritev2(2)'s.
@@ -25,7 +27,7 @@ class DiskRequests(NamedTuple):
     write_flags: int
 
 
-class Frames(NamedTuple):
+class Frames(Value):
     """Frames of ``header_size`` to ``longest`` bytes (``virtio/net.py``).
 
     Each is one writev(2) to, or one readv(2) from, the ``file``.
@@ -36,13 +38,13 @@ class Frames(NamedTuple):
     longest: int
 
 
-class RandomBuffers(NamedTuple):
+class RandomBuffers(Value):
     """Buffers to be filled with random bytes, in pieces of at most ``longest`` bytes (``virtio/rng.py``)."""
 
     longest: int
 
 
-class Output(NamedTuple):
+class Output(Value):
     """Bytes to be put on the ``screen``, if there is one, and then written to the ``file`` (``virtio/console.py``).
 
     The queue is flushed after each buffer. ``lost`` is told the error number for which the rest of one was dropped.

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 from lguest_mp import registry
@@ -46,7 +46,7 @@ class FakeGuest:
     over: Callable[[bool], None] = lambda reboots: None
 
     def guest(self) -> GuestFacts:
-        return replace(GUEST, name=self.name)
+        return GUEST.replace(name=self.name)
 
     def processes(self) -> Sequence[ProcessFacts]:
         return self.rows

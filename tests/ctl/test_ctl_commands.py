@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,7 +173,7 @@ _SAMPLE = re.compile(r'([a-zA-Z_:][\w:]*)\{((?:[a-zA-Z_]\w*="(?:[^"\\\n]|\\[\\"n
 
 def test_stats_for_prometheus(capsys: pytest.CaptureFixture[str]) -> None:
     with running("one") as guest:
-        guest.rows += (replace(QUEUE, name='odd"\\\n', device=None),)
+        guest.rows += (QUEUE.replace(name='odd"\\\n', device=None),)
         text = do(capsys, "stats", "--prometheus")
     assert text.endswith("\n")
     kinds: dict[str, str] = {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from fakelaunchers import GUEST, QUEUE, SUPERVISOR
 
@@ -13,7 +11,7 @@ from lguest_mp.ctl.samples import Moment, Process, Rates
 from lguest_mp.ctl.top import Order, View
 from lguest_mp.supervisor.processes import Sample
 
-WORKER = replace(QUEUE, name="net0/receiveq", pid=9, requests=100, bytes=1000)
+WORKER = QUEUE.replace(name="net0/receiveq", pid=9, requests=100, bytes=1000)
 
 
 def process(facts: ProcessFacts, seconds: float = 0.0, memory: int = 0, guest: str = "one") -> Process:
@@ -22,16 +20,16 @@ def process(facts: ProcessFacts, seconds: float = 0.0, memory: int = 0, guest: s
 
 
 def moment(time: float, *processes: Process) -> Moment:
-    return Moment(time, (replace(GUEST, name="one"),), processes)
+    return Moment(time, (GUEST.replace(name="one"),), processes)
 
 
 @pytest.mark.parametrize(
     ("before", "after", "rates"),
     [
-        ((WORKER, 1.0), (replace(WORKER, requests=150, bytes=3000), 2.0), Rates(0.5, 25.0, 1000.0)),
-        ((WORKER, 5.0), (replace(WORKER, pid=10, requests=150, bytes=3000), 0.5), Rates(0.25, 25.0, 1000.0)),
-        ((WORKER, 1.0), (replace(WORKER, requests=10, bytes=20), 1.0), Rates(0.0, 5.0, 10.0)),
-        ((WORKER, 1.0), (replace(WORKER, pid=None), 0.0), Rates(None, 0.0, 0.0)),
+        ((WORKER, 1.0), (WORKER.replace(requests=150, bytes=3000), 2.0), Rates(0.5, 25.0, 1000.0)),
+        ((WORKER, 5.0), (WORKER.replace(pid=10, requests=150, bytes=3000), 0.5), Rates(0.25, 25.0, 1000.0)),
+        ((WORKER, 1.0), (WORKER.replace(requests=10, bytes=20), 1.0), Rates(0.0, 5.0, 10.0)),
+        ((WORKER, 1.0), (WORKER.replace(pid=None), 0.0), Rates(None, 0.0, 0.0)),
         ((SUPERVISOR, 1.0), (SUPERVISOR, 2.0), Rates(0.5, None, None)),
     ],
     ids=["it works", "another took its place", "the guest rebooted", "it is gone", "no queue"],
@@ -48,7 +46,7 @@ def test_the_first_look_knows_no_speed() -> None:
 
 
 def test_the_busiest_comes_first_and_what_is_not_known_last() -> None:
-    lazy, big = process(WORKER, memory=5), process(replace(WORKER, name="net0/transmitq"), memory=50)
+    lazy, big = process(WORKER, memory=5), process(WORKER.replace(name="net0/transmitq"), memory=50)
     gone = process(QUEUE)
     speeds = {lazy.key: Rates(0.1, 9.0, 1.0), big.key: Rates(0.9, 1.0, 9.0), gone.key: Rates(None, 0.0, 0.0)}
     view = View(moment(1.0, gone, lazy, big), speeds, ())

@@ -20,6 +20,7 @@ from lguest_mp.supervisor.log import Log
 from lguest_mp.supervisor.loop import Loop
 from lguest_mp.supervisor.workers import Post, WorkerListener, Workers
 from lguest_mp.virtio.device import Device, DeviceId, QueueLayout
+from lguest_mp.virtio.ledger import Ledger
 
 
 class Silent:
@@ -58,7 +59,7 @@ def test_what_could_not_be_forked_in_time_is_forked_when_it_is_needed(
 ) -> None:
     before = os.listdir("/proc/self/fd")
     device = TwoQueues("device")
-    posts = [Post(device, queue, queue, 0, 0) for queue in range(2)]
+    posts = [Post(device, queue, queue, 0, 0, Ledger()) for queue in range(2)]
     fork, forks = os.fork, chain([True], repeat(False))
 
     def fork_once() -> int:

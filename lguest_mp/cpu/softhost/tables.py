@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import struct
-from dataclasses import dataclass
 
 from lguest_mp.cpu.lguest_host import GuestDied
 from lguest_mp.cpu.softhost.abi import (
@@ -30,6 +29,7 @@ from lguest_mp.cpu.softhost.abi import (
     TLS_ENTRIES,
     TLS_FIRST,
 )
+from lguest_mp.record import Value
 
 #: Where the CPU finds the pages: the tables' one, the page directory, the page table of the reserved 4 MiB.
 PHYSICAL_BASE = RESERVED_BASE
@@ -74,8 +74,7 @@ _INTERRUPT_GATE, _TRAP_GATE = 0xE, 0xF
 CACHE = struct.Struct("<IxxxxQII")
 
 
-@dataclass(frozen=True)
-class Gate:
+class Gate(Value):
     """Where a vector goes: an entry of the guest's IDT that is present."""
 
     offset: int
@@ -84,8 +83,7 @@ class Gate:
     disables: bool
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(Value):
     """A segment as the CPU holds it: its cache, and what of it the CPU's hidden flags repeat."""
 
     cache: bytes

@@ -40,13 +40,13 @@ import ctypes
 import functools
 import itertools
 import mmap
-from dataclasses import dataclass
 from typing import Any
 
 from lguest_mp.cpu.unicorn import library as uc_library
 from lguest_mp.cpu.unicorn.library import UnicornLibrary
 from lguest_mp.cpu.unicorn.native_code import CODE, ENTRIES, SLOTS
 from lguest_mp.errors import LguestError
+from lguest_mp.record import Value
 
 _PAGE = 4096
 
@@ -192,8 +192,7 @@ class NativeCode:
         return (ctypes.c_uint64 * count).from_address(self.address + _PAGE + SLOTS[name])
 
 
-@dataclass(frozen=True)
-class _Segment:
+class _Segment(Value):
     start: int
     end: int
     protection: int
