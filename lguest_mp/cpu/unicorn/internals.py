@@ -38,8 +38,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import mmap
+from collections.abc import Iterator
 from typing import Any
 
 from lguest_mp.cpu.unicorn import library as uc_library
@@ -160,6 +160,8 @@ _CALLED = {
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.wmemchr.argtypes = (ctypes.c_void_p, ctypes.c_uint32, ctypes.c_size_t)
+_libc.wmemchr.restype = ctypes.c_void_p
 
 
 def _protect(address: int, length: int, protection: int) -> None:
@@ -220,25 +222,34 @@ def _data_segments(path: str) -> list[_Segment]:
     return segments
 
 
+def _places(segment: _Segment, address: int) -> Iterator[int]:
+    """Where in the segment this address is held: at a multiple of 8.
+
+    The launch waits for it, and the C library looks at 400,000 halves of words faster than Python at a tenth of them.
+    """
+    at = segment.start
+    while (found := _libc.wmemchr(at, address & 0xFFFF_FFFF, (segment.end - at) // 4)) is not None:
+        if found % 8 == 0 and ctypes.c_uint64.from_address(found).value == address:
+            yield found
+        at = found + 4
+
+
 def _replace_functions(library: UnicornLibrary, native: NativeCode) -> None:
     replacements = {library.address(name): native.entry(entry) for name, entry in _REPLACED.items()}
-    found = dict.fromkeys(replacements, 0)
+    found: set[int] = set()
     for segment in _data_segments(str(library.path.resolve())):
-        words = (ctypes.c_uint64 * ((segment.end - segment.start) // 8)).from_address(segment.start)
-        view = memoryview(words).cast("B").cast("Q")
-        # All in C: there are 200,000 words, and the launch waits.
-        places = list(itertools.compress(itertools.count(), map(replacements.__contains__, view)))
+        places = [(place, address) for address in replacements for place in _places(segment, address)]
         if not places:
             continue
         if not segment.protection & mmap.PROT_WRITE:
             _protect(segment.start, segment.end - segment.start, mmap.PROT_READ | mmap.PROT_WRITE)
-        for place in places:
-            found[view[place]] += 1
-            view[place] = replacements[view[place]]
+        for place, address in places:
+            ctypes.c_uint64.from_address(place).value = replacements[address]
+            found.add(address)
         if not segment.protection & mmap.PROT_WRITE:
             _protect(segment.start, segment.end - segment.start, segment.protection)
     for name in _REPLACED:
-        if not found[library.address(name)]:
+        if library.address(name) not in found:
             raise _unknown(library, f"nothing refers to {name}")
 
 
