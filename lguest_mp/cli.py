@@ -247,13 +247,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _launch(config: GuestConfig) -> int:
-    from lguest_mp.supervisor import kvm_probe  # noqa: PLC0415 -- --help needs none of it
+    from lguest_mp.boot import hashing  # noqa: PLC0415 -- --help needs none of it
+    from lguest_mp.supervisor import kvm_probe  # noqa: PLC0415
 
     _open_standard_files()
-    probe = kvm_probe.start() if config.cpu in {"auto", "kvm"} else None  # it looks while we import what takes longer
+    # They are at work while we import what takes longer.
+    probe = kvm_probe.start() if config.cpu in {"auto", "kvm"} else None
+    payload = hashing.start(config.kernel) if config.kernel_cache else None
     from lguest_mp.supervisor import parts, run  # noqa: PLC0415
 
-    return conclude(run.run(config, parts.of(config, probe)))
+    return conclude(run.run(config, parts.of(config, probe, payload)))
 
 
 def conclude(how: ending.Ending) -> int:  # noqa: RET503 -- two of the three ways never return

@@ -255,16 +255,6 @@ class KernelCache:
             left -= each
 
 
-def digest_of(payload: Iterable[bytes | memoryview]) -> bytes:
-    """The SHA-256 of a payload, by which it is found."""
-    import hashlib  # noqa: PLC0415 -- it brings a library of its own
-
-    digest = hashlib.sha256()
-    for chunk in payload:
-        digest.update(chunk)
-    return digest.digest()
-
-
 def _open_directory(base: str) -> _Directory | None:
     """The cache's directory below ``base``, made if need be; None: it is not to be had, or not this user's alone."""
     try:

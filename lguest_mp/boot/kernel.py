@@ -12,9 +12,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from lguest_mp.boot.bzimage import ENTRY_64, MAX_IMAGE_SIZE, BzImage, is_bzimage, parse_bzimage
-from lguest_mp.boot.cache import KernelCache, Unpacked, digest_of
+from lguest_mp.boot.cache import KernelCache, Unpacked
 from lguest_mp.boot.elf import HEADERS_SIZE, ElfImage, Segment, is_elf, parse_elf
 from lguest_mp.boot.files import HostFile
+from lguest_mp.boot.hashing import digest_of
 from lguest_mp.boot.payload import Payload, find_compression
 from lguest_mp.boot.pieces import pieces
 from lguest_mp.boot.zeropage import ZeroPage
@@ -56,8 +57,11 @@ class Kernel(Value):
             del piece  # the next one takes its memory
 
 
-def read_kernel(file: HostFile, low_memory: int, cache: KernelCache) -> Kernel:
-    """Finds out what ``file`` is and checks it for a guest whose RAM begins with ``low_memory`` bytes at 0."""
+def read_kernel(file: HostFile, low_memory: int, cache: KernelCache, digest: bytes | None = None) -> Kernel:
+    """Finds out what ``file`` is and checks it for a guest whose RAM begins with ``low_memory`` bytes at 0.
+
+    ``digest``: of its payload, if that is known.
+    """
     head = file.read(0, min(HEADERS_SIZE, file.size))
     if is_elf(head):
         image = parse_elf(file.name, head, file.size)
@@ -65,7 +69,7 @@ def read_kernel(file: HostFile, low_memory: int, cache: KernelCache) -> Kernel:
         end = max((segment.offset + segment.size for segment in image.segments if segment.size), default=0)
         return _direct(file.name, ZeroPage.of_vmlinux(), image, lambda: file.chunks(end), low_memory)
     if is_bzimage(head):
-        return _read_bzimage(file, parse_bzimage(file, head), low_memory, cache)
+        return _read_bzimage(file, parse_bzimage(file, head), low_memory, cache, digest)
     raise LguestError(f"{file.name} is no kernel: neither an ELF vmlinux nor a bzImage")
 
 
@@ -95,9 +99,9 @@ def _check_place(name: str, first: int, end: int, low_memory: int) -> None:
         )
 
 
-def _read_bzimage(file: HostFile, image: BzImage, low_memory: int, cache: KernelCache) -> Kernel:
+def _read_bzimage(file: HostFile, image: BzImage, low_memory: int, cache: KernelCache, digest: bytes | None) -> Kernel:
     if cache.is_there:
-        digest = digest_of(file.chunks(image.payload_size, image.payload_offset))
+        digest = digest or digest_of(file.chunks(image.payload_size, image.payload_offset))
         kept = cache.find(digest)
         if kept is not None:
             return _kept(file, image, kept, digest, low_memory)

@@ -36,6 +36,7 @@ from lguest_mp.boot import zeropage
 from lguest_mp.boot.acpi import acpi_tables
 from lguest_mp.boot.cache import KernelCache
 from lguest_mp.boot.files import HostFile
+from lguest_mp.boot.hashing import Hashing
 from lguest_mp.boot.kernel import KERNEL_FIRST, MIB, Kernel, read_kernel
 from lguest_mp.boot.zeropage import E820Entry, E820Type, ZeroPage
 from lguest_mp.config import GuestConfig
@@ -74,14 +75,17 @@ _GDT_ENTRIES = (0, 0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF)
 _RESET_CODE = struct.pack("<BHBHBH", 0xB8, RESET_VALUE, 0xBA, RESET_PORT, 0xEE, 0xFEEB)
 
 
-def prepare(config: GuestConfig) -> Prepared:
-    """Reads and checks all that goes into guest memory before the first instruction; LguestError: it cannot be."""
+def prepare(config: GuestConfig, hashing: Hashing | None = None) -> Prepared:
+    """Reads and checks all that goes into guest memory before the first instruction; LguestError: it cannot be.
+
+    ``hashing``: of the kernel's payload, if that was begun.
+    """
     _check_memory(config.memory)
     low_memory = min(config.memory, LOW_RAM_LIMIT)
-    kernel_file = HostFile("kernel", config.kernel)
+    file, digest = (HostFile("kernel", config.kernel), None) if hashing is None else hashing.finish()
     initrd = None if config.initrd is None else HostFile("initrd", config.initrd)
     cache = KernelCache.of_user() if config.kernel_cache else KernelCache(None)
-    kernel = read_kernel(kernel_file, low_memory, cache)
+    kernel = read_kernel(file, low_memory, cache, digest)
     return Prepared(config.memory, kernel, _command_line(config.arguments, kernel), initrd, config.cpus)
 
 

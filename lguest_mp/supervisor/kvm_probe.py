@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import NoReturn
 
+from lguest_mp.aside import Aside
 from lguest_mp.record import Value
 
 PATH = "/dev/kvm"
@@ -34,20 +34,17 @@ class Verdict(Value):
 class Probe:
     """A look at the host's KVM that is under way."""
 
-    def __init__(self, file: int | None, reason: str = "", child: int = 0, answer: int = -1) -> None:
+    def __init__(self, file: int | None, look: Aside | str) -> None:
+        """``look``: what the child finds out about the device; or why there is nothing to look at."""
         self._file = file
-        self._reason = reason
-        self._child = child
-        self._answer = answer
+        self._look = look
 
     def verdict(self) -> Verdict:
         """Waits for the end of it. To be asked once."""
-        if self._file is None:
-            return Verdict(None, self._reason)
-        with os.fdopen(self._answer, "rb") as answer:
-            said = answer.read().decode(errors="replace")
-        _, status = os.waitpid(self._child, 0)
-        return Verdict(self._file, said if status == 0 else "a look at it failed")
+        if isinstance(self._look, str):
+            return Verdict(self._file, self._look)
+        said = self._look.answer()
+        return Verdict(self._file, "a look at it failed" if said is None else said.decode(errors="replace"))
 
 
 def start() -> Probe:
@@ -61,30 +58,15 @@ def start() -> Probe:
     except OSError as error:
         return Probe(None, f"{PATH}: {error.strerror}")
     try:
-        answer, child_answer = os.pipe()
-        try:
-            child = os.fork()
-            if child == 0:
-                _look(file, child_answer)
-        except OSError:
-            os.close(answer)
-            raise
-        finally:
-            os.close(child_answer)
+        return Probe(file, Aside(lambda: _look(file)))
     except OSError as error:
         os.close(file)
         return Probe(None, f"a look at it failed: {error.strerror}")
-    return Probe(file, child=child, answer=answer)
 
 
-def _look(file: int, answer: int) -> NoReturn:
-    """The child: says why not, or nothing, and ends with status 0."""
-    status = 1
-    try:
-        signal.alarm(5)  # nobody waits for ever, whatever happens here
-        from lguest_mp.cpu.kvm.probe import judge  # noqa: PLC0415 -- in this process only
+def _look(file: int) -> bytes:
+    """Why not to use it, or nothing. In the child."""
+    signal.alarm(5)  # nobody waits for ever, whatever happens here
+    from lguest_mp.cpu.kvm.probe import judge  # noqa: PLC0415 -- in this process only
 
-        os.write(answer, (judge(file) or "").encode())
-        status = 0
-    finally:
-        os._exit(status)
+    return (judge(file) or "").encode()

@@ -19,6 +19,7 @@ from lguest_mp.supervisor.log import say
 if TYPE_CHECKING:
     import socket
 
+    from lguest_mp.boot.hashing import Hashing
     from lguest_mp.codemap import WriteWatch
     from lguest_mp.config import GuestConfig, NetConfig
     from lguest_mp.cpu.engine import EntryState
@@ -115,10 +116,11 @@ class Parts(Value):
     machine: str = "pc"
 
 
-def of(config: GuestConfig, probe: Probe | None = None) -> Parts:
+def of(config: GuestConfig, probe: Probe | None = None, hashing: Hashing | None = None) -> Parts:
     """The parts of the machine that ``config`` names, or its kernel is for. LguestError: there is no such guest.
 
-    ``probe``: the look at the host's KVM, begun for a CPU that may be it; None: it is not used.
+    ``probe``: the look at the host's KVM, begun for a CPU that may be it; None: it is not used. ``hashing``: of the
+    payload of a kernel for a PC, if that was begun.
     """
     split, of_core = core.queue(config.core), core.describe(config.core)
     make_queue: QueueMaker = split
@@ -126,10 +128,10 @@ def of(config: GuestConfig, probe: Probe | None = None) -> Parts:
         from lguest_mp.virtio import packed  # noqa: PLC0415 -- most guests have none
 
         make_queue, of_core = packed.queue_maker(split), f"Python for packed virtqueues; for others, {of_core}"
-    return _machine_parts(config, probe).replace(make_queue=make_queue, core=of_core)
+    return _machine_parts(config, probe, hashing).replace(make_queue=make_queue, core=of_core)
 
 
-def _machine_parts(config: GuestConfig, probe: Probe | None) -> Parts:
+def _machine_parts(config: GuestConfig, probe: Probe | None, hashing: Hashing | None) -> Parts:
     if config.cpu == "lguest":
         if config.machine == "pc":
             raise LguestError("--cpu=lguest runs lguest's own guests only; leave --machine=pc out, or --cpu=lguest")
@@ -138,7 +140,7 @@ def _machine_parts(config: GuestConfig, probe: Probe | None) -> Parts:
         return lguest_on_device()
     kvm = None if probe is None else probe.verdict()
     if _machine(config) == "pc":
-        return _pc(config, kvm)
+        return _pc(config, kvm, hashing)
     if kvm is not None:
         kvm.discard()
     if config.cpu == "kvm":
@@ -154,22 +156,22 @@ def _machine(config: GuestConfig) -> str:
     return config.machine or ("lguest" if is_for_lguest(config.kernel) else "pc")
 
 
-def _pc(config: GuestConfig, kvm: Verdict | None) -> Parts:
+def _pc(config: GuestConfig, kvm: Verdict | None, hashing: Hashing | None) -> Parts:
     """On KVM if that is good, or there and asked for; else on the embedded CPU."""
     if kvm is None:
         _require_one_cpu(config, "the embedded CPU")
-        return pc(config.core)
+        return pc(config.core, hashing)
     if config.cpu == "kvm":
         if kvm.file is None:
             raise LguestError(f"--cpu=kvm: {kvm.reason}; leave it out, and the embedded CPU runs the guest")
         if kvm.reason:
             say(f"--cpu=kvm: {kvm.reason}; a stock kernel will not come up")
-        return pc_on_kvm(kvm.file)
+        return pc_on_kvm(kvm.file, hashing)
     if kvm.file is not None and not kvm.reason:
-        return pc_on_kvm(kvm.file)
+        return pc_on_kvm(kvm.file, hashing)
     kvm.discard()
     _require_one_cpu(config, "the embedded CPU", f"; KVM is not used: {kvm.reason}")
-    return pc(config.core).replace(engine=f"the embedded CPU; KVM is not used: {kvm.reason}")
+    return pc(config.core, hashing).replace(engine=f"the embedded CPU; KVM is not used: {kvm.reason}")
 
 
 def _require_one_cpu(config: GuestConfig, what: str, why: str = "") -> None:
@@ -184,7 +186,7 @@ def _require_split_rings(config: GuestConfig) -> None:
         )
 
 
-def pc(core_choice: str = "auto") -> Parts:
+def pc(core_choice: str = "auto", hashing: Hashing | None = None) -> Parts:
     """A stock 64-bit Linux on a PC with virtio over PCI, its CPU embedded. ``core_choice``: as ``--core`` has it.
 
     What workers run is imported here, in the supervisor: they all share it, and the root directory that they are
@@ -196,7 +198,7 @@ def pc(core_choice: str = "auto") -> Parts:
     from lguest_mp.virtio.queue import Queue  # noqa: PLC0415
 
     return Parts(
-        read_kernel=prepare,
+        read_kernel=partial(prepare, hashing=hashing),
         open_devices=_open_virtio_devices,
         make_watches=CodeMap,
         make_queue=Queue,
@@ -205,11 +207,11 @@ def pc(core_choice: str = "auto") -> Parts:
     )
 
 
-def pc_on_kvm(file: int) -> Parts:
+def pc_on_kvm(file: int, hashing: Hashing | None = None) -> Parts:
     """The same on the host's KVM, which ``file`` is; it sees every store to guest memory itself."""
     from lguest_mp.cpu.kvm.needs import KVM  # noqa: PLC0415
 
-    return pc().replace(
+    return pc(hashing=hashing).replace(
         make_watches=lambda _memory, _workers: None,
         load_machine=partial(_load_kvm, file),
         machine_needs=KVM,

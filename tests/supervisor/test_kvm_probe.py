@@ -23,7 +23,7 @@ class FoundOut(Probe):
 
     def __init__(self, reason: str = "", *, there: bool = True) -> None:
         self.file = os.open(os.devnull, os.O_RDWR) if there else None
-        super().__init__(self.file)
+        super().__init__(self.file, reason)
         self.found = Verdict(self.file, reason)
 
     def verdict(self) -> Verdict:
@@ -127,7 +127,7 @@ def test_a_device_that_may_not_be_opened_is_told(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_child_that_dies_is_a_no(monkeypatch: pytest.MonkeyPatch) -> None:
-    def die(_file: int, _answer: int) -> None:
+    def die(_file: int) -> None:
         os._exit(1)
 
     monkeypatch.setattr(kvm_probe, "PATH", os.devnull)
