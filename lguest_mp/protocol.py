@@ -33,7 +33,7 @@ _ASSIGNMENT = struct.Struct("=5Q")
 
 
 class Ready(Value):
-    """The machine process has all that it needs of the host and waits for :class:`Start`."""
+    """The machine process has made its machine and waits for :class:`Start`."""
 
 
 class Start(Value):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lguest_mp.config import GuestConfig
 from lguest_mp.cpu.engine import EntryState
@@ -28,7 +28,7 @@ def run_machine(  # noqa: PLR0917 -- what a machine consists of
     memory: GuestMemory,
     _watches: None,
     devices: Sequence[DevicePort],
-    entry: EntryState,
+    begin: Callable[[], EntryState],
     requests: socket.socket,
     events: socket.socket,
 ) -> None:
@@ -38,7 +38,7 @@ def run_machine(  # noqa: PLR0917 -- what a machine consists of
     pc = KvmPc(engine, devices, requests, events, input_fd=0, output_fd=1)
     if config.verbose:
         engine.connect(CountedHardware(pc, pc.count_exits()))
-    pc.run(engine, entry)
+    pc.run(engine, begin())
 
 
 class KvmPc(Pc):

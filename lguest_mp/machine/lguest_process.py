@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any, Protocol
 
@@ -28,7 +28,7 @@ def run_machine(  # noqa: PLR0917 -- what a machine consists of
     memory: GuestMemory,
     watches: Any,
     devices: Sequence[DevicePort],
-    entry: EntryState,
+    begin: Callable[[], EntryState],
     requests: socket.socket,
     events: socket.socket,
 ) -> None:
@@ -45,4 +45,4 @@ def run_machine(  # noqa: PLR0917 -- what a machine consists of
         verbose=config.verbose,
     )
     with closing(make_host(memory, watches, machine)) as host:
-        machine.run(host, entry)
+        machine.run(host, begin())

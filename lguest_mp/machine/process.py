@@ -32,7 +32,7 @@ def run_machine(  # noqa: PLR0917 -- what a machine consists of
     memory: GuestMemory,
     code_map: CodeMap,
     devices: Sequence[DevicePort],
-    entry: EntryState,
+    begin: Callable[[], EntryState],
     requests: socket.socket,
     events: socket.socket,
 ) -> None:
@@ -45,7 +45,7 @@ def run_machine(  # noqa: PLR0917 -- what a machine consists of
     platform = CountedPlatform(pc, pc.count_exits()) if config.verbose else pc
     engine = make_engine(memory, platform, code_map)
     answer_workers(code_map, engine, pc.add_reader)
-    pc.run(engine, entry)
+    pc.run(engine, begin())
 
 
 def of_core(choice: str) -> MakeCore:

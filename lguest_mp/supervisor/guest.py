@@ -5,7 +5,7 @@
     STARTING --Ready/Start--> RUNNING --(the first Ending)--> ENDED
 
 The machine process is forked before the kernel is in guest memory: it imports its engine on one of the host's CPUs
-while the supervisor loads the kernel on another. It says Ready when it has what it needs and is confined. Then the
+while the supervisor loads the kernel on another. It says Ready when it is confined and has made its machine. Then the
 supervisor confines itself, and its Start is what lets the guest execute its first instruction.
 
 From then on the supervisor waits for whatever happens next: the machine's words, the ends of processes, signals. The
@@ -63,6 +63,10 @@ class Life(Enum):
     STARTING = auto()
     RUNNING = auto()
     ENDED = auto()
+
+
+class _NeverBegan(Exception):
+    """The supervisor ended before the guest began."""
 
 
 class Guest:
@@ -229,14 +233,20 @@ class Guest:
             if not prctl.die_with_parent(supervisor):
                 return 0
             self._machine_plan.enter()
-            protocol.send(requests, protocol.Ready())
-            start = protocol.receive(events)
-            if not isinstance(start, protocol.Start):
-                return 0
-            run_machine(owned.config, owned.memory, self._watches, self._ports, start.entry, requests, events)
+            run_machine(owned.config, owned.memory, self._watches, self._ports, self._begin_machine, requests, events)
+        except _NeverBegan:
+            return 0
         except LguestError as error:
             protocol.send(requests, protocol.Failed(str(error)))
         return 0
+
+    def _begin_machine(self) -> EntryState:
+        """The machine process has its machine; waits until the guest may begin, and how. _NeverBegan."""
+        protocol.send(self._machine_requests, protocol.Ready())
+        start = protocol.receive(self._machine_events)
+        if not isinstance(start, protocol.Start):
+            raise _NeverBegan
+        return start.entry
 
     def _machine_files(self) -> list[int]:
         files = [0, 1, self._machine_requests.fileno(), self._machine_events.fileno()]

@@ -58,7 +58,11 @@ class WriteWatches(Protocol):
 
 
 class MachineBody(Protocol):
-    """What the machine process does; returns when the guest has ended and the supervisor was told how."""
+    """What the machine process does; returns when the guest has ended and the supervisor was told how.
+
+    It makes the machine, while the kernel is still being loaded, and then calls ``begin``: that waits until it is, and
+    returns the registers to run it with.
+    """
 
     def __call__(  # noqa: PLR0917 -- what a machine is made of
         self,
@@ -66,7 +70,7 @@ class MachineBody(Protocol):
         memory: GuestMemory,
         code_map: Any,  # what make_watches made
         devices: Sequence[DevicePort],
-        entry: EntryState,
+        begin: Callable[[], EntryState],
         requests: socket.socket,
         events: socket.socket,
     ) -> None: ...

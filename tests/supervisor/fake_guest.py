@@ -656,12 +656,12 @@ def parts(scenario: str) -> Parts:
             memory: GuestMemory,
             code_map: Any,
             devices: Sequence[DevicePort],
-            entry: EntryState,
+            begin: Callable[[], EntryState],
             requests: socket.socket,
             events: socket.socket,
         ) -> None:
             assert code_map is None
-            act(Machine(config, memory, devices, entry, requests, events))
+            act(Machine(config, memory, devices, begin(), requests, events))
 
         return body
 
