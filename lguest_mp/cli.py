@@ -8,6 +8,7 @@ itself goes nowhere: ``lguest 256 vmlinuz root=/dev/vda -- -- -b`` gives the ker
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -247,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _launch(config: GuestConfig) -> int:
+    gc.disable()  # until all is there: what is imported and made by then is no garbage, and looking for some takes 5 ms
     from lguest_mp.boot import hashing  # noqa: PLC0415 -- --help needs none of it
     from lguest_mp.supervisor import kvm_probe  # noqa: PLC0415
 

@@ -16,6 +16,7 @@ particular, so that all the others are heard at any moment.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -246,6 +247,8 @@ class Guest:
         start = protocol.receive(self._machine_events)
         if not isinstance(start, protocol.Start):
             raise _NeverBegan
+        gc.freeze()
+        gc.enable()
         return start.entry
 
     def _machine_files(self) -> list[int]:
