@@ -9,6 +9,7 @@ wants the test to know it prints, one line each.
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import socket
@@ -83,6 +84,7 @@ class FakeDevice(Device):
         return FEATURES
 
     def serve(self, queue_index: int, queue: Any, context: WorkerContext) -> None:
+        assert gc.isenabled()
         if self._stubborn:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         kick, call, account = queue
@@ -205,6 +207,7 @@ def power_off(machine: Machine) -> None:
     """Has everything it needs, and ends."""
     assert machine.memory.read(0x5000, 6) == b"loaded"
     assert machine.entry == FakeKernel().load(machine.memory)
+    assert gc.isenabled()
     machine.tell(protocol.PowerOff())
 
 
@@ -700,6 +703,7 @@ def main() -> int:
         children.Child = UndyingChild  # type: ignore[misc]
     if scenario == short_of_memory.__name__:
         Ledger.__init__ = refuse_memory  # type: ignore[assignment, method-assign]
+    gc.disable()  # as the command does
     try:
         return cli.conclude(run(cli.parse(arguments), parts(scenario), GRACE))
     except LguestError as error:
