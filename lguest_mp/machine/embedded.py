@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from lguest_mp.cpu.engine import CpuidResult
 from lguest_mp.machine import clock, lapic
@@ -22,9 +21,10 @@ from lguest_mp.machine.shortcuts import MakeShortcuts
 from lguest_mp.machine.timer import HostTimer
 from lguest_mp.machine.wiring import DevicePort
 from lguest_mp.memory import GuestMemory
+from lguest_mp.record import Value
 
 
-class Board(NamedTuple):
+class Board(Value):
     """What is hot of a board: all that an interrupt passes on its way to the CPU.
 
     ``count_unseen`` adds what the guest needed it for without passing by :class:`CountedPlatform`.
