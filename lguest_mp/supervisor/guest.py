@@ -247,7 +247,7 @@ class Guest:
         start = protocol.receive(self._machine_events)
         if not isinstance(start, protocol.Start):
             raise _NeverBegan
-        gc.freeze()
+        gc.freeze()  # all that is made; from now on the collector has something to do
         gc.enable()
         return start.entry
 
