@@ -53,7 +53,7 @@ def test_sigusr1_shows_the_processes(launch: Launch) -> None:
     launcher = launch("hang")
     members = launcher.wait_until_up() | launcher.waiting()
     launcher.signal(signal.SIGUSR1)
-    launcher.wait_for("lguest: block0/requestq", PATIENCE)
+    launcher.wait_for("lguest: mule0/requestq", PATIENCE)
     header, *rows = [line.split() for line in launcher.lines]
     assert header[:2] == ["process", "pid"]
     assert {row[0]: int(row[1]) for row in rows} == {"supervisor": launcher.pid, **members}
