@@ -201,8 +201,13 @@ void serve(const struct queue *queue, int disk, uint64_t disk_size)
     used[0] = NO_NOTIFY;
     for (;;) {
         while (last == available[1]) {
-            if (pending && !(available[0] & NO_INTERRUPT))
-                tell(queue->call);
+            if (pending) {
+                /* The original has none here. Then the flag is read while the used index is still in the store buffer:
+                   once in some million requests the driver goes to sleep in between, and both wait for ever. */
+                __sync_synchronize();
+                if (!(available[0] & NO_INTERRUPT))
+                    tell(queue->call);
+            }
             pending = 0;
             used[0] = 0;
             __sync_synchronize();
