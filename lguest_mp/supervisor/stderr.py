@@ -53,7 +53,8 @@ class StandardError:
                 return
             with suppress(OSError):  # no file that one waits for
                 self._writable.register(self._target, select.EPOLLOUT)
-        elif len(self._waiting) + len(line) > BACKLOG:
+        elif self._lost or len(self._waiting) + len(line) > BACKLOG:
+            # Those after the first that is lost are, too: so the line that says so stands where they are missing.
             self._lost += 1
             return
         self._waiting += line
