@@ -150,7 +150,8 @@ def test_a_guest_outlives_its_tap(launch: Launch, host: Namespace) -> None:
     host.delete("tap0")
     wait_for_carrier(guest, up=False)
     assert guest.run(f"ping -c 2 -W 1 {HOST} >/dev/null || echo still here") == "still here\n"
-    assert len(told(guest)) == 1, guest.output
+    # A deleted interface is down first, and the transmitq's worker may have seen it then.
+    assert len([line for line in told(guest) if not line.endswith("tap0 is down")]) == 1, guest.output
     guest.power_off()
 
 
