@@ -10,6 +10,9 @@ from guestkit.soak.plan import Plan, Report, Room, killer, require_no_complaints
 from guestkit.soak.text import Text
 
 _DISK_SIZE = 64 * MIB
+#: Much more than the files have. What was deleted is free only when the journal has been written, and that does not
+#: happen while the disk's worker stands still.
+_FILES_DISK_SIZE = 512 * MIB
 _BLOCK = 4096
 _RAW_PROCESSES = 4
 _FILES_PROCESSES = 3
@@ -21,7 +24,7 @@ def disk(room: Room, plan: Plan) -> Report:
     """Two disks under load, one raw and one with a file system: each byte is verified, the file system is whole."""
     report = Report()
     raw = make_sparse(room.directory / "raw.img", _DISK_SIZE)
-    files = make_sparse(room.directory / "files.img", _DISK_SIZE)
+    files = make_sparse(room.directory / "files.img", _FILES_DISK_SIZE)
     with room.guest(plan, f"--block={raw}", f"--block={files}") as guest:
         guest.boot()
         guest.run("/sysroot/bin/mke2fs -q -t ext4 -b 4096 /dev/vdb && mount -t ext4 /dev/vdb /mnt")
