@@ -125,7 +125,7 @@ class GuestFacts(Value):
 
 
 class ProcessFacts(Value):
-    """A process of the guest, or a queue that nobody serves now (``pid`` None).
+    """A process of the guest, or a queue that has none now (``pid`` None).
 
     ``name`` is as in ``ps``: ``block0/requestq``, ``cpu``; the supervisor's is ``supervisor``. ``device`` and ``queue``
     are None where it serves none. ``life`` is the supervisor's word for where it is in its life.

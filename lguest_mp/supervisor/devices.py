@@ -203,8 +203,11 @@ class Devices:
 
     def workers_of(self, served: ServedDevice) -> list[Worker]:
         """A device's workers, those that wait for its driver, too."""
-        found = (queue.worker or self._workers.waiting(queue.post) for queue in served.queues)
-        return [each for each in found if each is not None]
+        return [each for each in map(self.worker_of, served.queues) if each is not None]
+
+    def worker_of(self, queue: QueueService) -> Worker | None:
+        """A queue's worker, also if that waits for the queue's driver."""
+        return queue.worker or self._workers.waiting(queue.post)
 
     def prepare(self) -> None:
         """Forks a worker for each queue, which waits for the queue's driver."""

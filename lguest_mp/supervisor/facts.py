@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lguest_mp.supervisor.devices import Devices, QueueService, ServedDevice
     from lguest_mp.supervisor.ending import Ending
     from lguest_mp.supervisor.resources import Resources
+    from lguest_mp.supervisor.workers import Worker
 
 
 class Whole(Protocol):
@@ -76,7 +77,7 @@ class Facts(Value):
         for served in self.devices.served:
             device = served.port.device
             for queue, name in zip(served.queues, device.queue_names, strict=True):
-                yield _queue(served, queue, name, self.devices.restarted)
+                yield _queue(served, queue, name, self.devices.worker_of(queue), self.devices.restarted)
             if (helper := device.helper) is not None:
                 yield ProcessFacts(helper.name, served.name, None, helper.pid, "running")
 
@@ -134,13 +135,15 @@ class Facts(Value):
         return self.owned.log.subscribe(callback)
 
 
-def _queue(served: ServedDevice, queue: QueueService, name: str, restarted: Mapping[str, int]) -> ProcessFacts:
+def _queue(
+    served: ServedDevice, queue: QueueService, name: str, worker: Worker | None, restarted: Mapping[str, int]
+) -> ProcessFacts:
     account = queue.post.account.account()
     return ProcessFacts(
         name=queue.post.name,
         device=served.name,
         queue=name,
-        pid=None if queue.worker is None else queue.worker.child.pid,
+        pid=None if worker is None else worker.child.pid,
         life=_life(served, queue),
         requests=account.requests,
         bytes=account.bytes,
@@ -152,7 +155,7 @@ def _queue(served: ServedDevice, queue: QueueService, name: str, restarted: Mapp
 
 
 def _life(served: ServedDevice, queue: QueueService) -> str:
-    """Where the queue's worker is in its life, or why there is none."""
+    """Where the queue's worker is in its life, or why there is none that serves it."""
     if queue.worker is not None:
         return queue.worker.life.name.lower()
     if served.life in {DeviceLife.BROKEN, DeviceLife.FAILED}:
