@@ -106,7 +106,6 @@ cdef enum:
     #: The specification has a look at an expired timer so often (nanoseconds): the guest's clock depends on that.
     LOOK_INTERVAL = 1_000_000_000
 
-ctypedef uint64_t (*MmioReadFunction)(void *uc, uint64_t offset, unsigned int size, void *data) noexcept nogil
 ctypedef void (*MmioWriteFunction)(void *uc, uint64_t offset, unsigned int size, uint64_t value, void *data) noexcept nogil
 ctypedef int (*WrmsrFunction)(uint32_t index, uint64_t value) noexcept nogil
 
@@ -345,7 +344,7 @@ cdef bint set_deadline_(Board *b, uint64_t tsc) noexcept nogil:
 
 cdef bint expire_(Board *b) noexcept nogil:
     """``LocalApic.timer_expired``; False: it is the specification's, or that wants to have a look."""
-    cdef uint64_t count
+    cdef uint64_t count, now
     cdef bint is_looked_at
     lock_(b)
     if has_strange_entry_(b):
@@ -356,9 +355,10 @@ cdef bint expire_(Board *b) noexcept nogil:
         if b.mode != PERIODIC:
             b.counting = False
         ring_(b)
-    is_looked_at = monotonic_ns() >= b.look_at
+    now = monotonic_ns()
+    is_looked_at = now >= b.look_at
     if is_looked_at:
-        b.look_at = monotonic_ns() + LOOK_INTERVAL
+        b.look_at = now + LOOK_INTERVAL
     unlock_(b)
     return not is_looked_at
 
@@ -813,14 +813,6 @@ cdef class Events:
     def _handle(self, list strange):
         for file in strange:
             self._shared_handlers[file]()
-
-    def _take_shared(self):
-        """See the specification."""
-        cdef int strange[EVENTS]
-        cdef int left
-        with nogil:
-            left = self.take_shared_(strange)
-        self._handle([strange[number] for number in range(left)])
 
     def _wait(self, timeout):
         """See the specification. Not before something has happened that is not usual."""

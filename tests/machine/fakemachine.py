@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lguest_mp.machine.eventloop import EventLoop
 from lguest_mp.machine.ioapic import IoApic
-from lguest_mp.machine.lapic import LocalApic
+from lguest_mp.machine.lapic import LocalApic, Timer, TscClock
 from lguest_mp.machine.lock import BoardLock
 
 #: The local APIC's registers, by the SDM's names (3A, table 11-1).
@@ -75,33 +76,47 @@ def make_loop(core_kind: str, lock: BoardLock | None = None) -> EventLoop:
     return CompiledLoop(lock)
 
 
-@dataclass
-class Board:
-    """A local APIC and an I/O APIC, wired up, with the software enable bit set. ``core_kind``: whose."""
+class Wiring:
+    """A local APIC and an I/O APIC, wired up. ``core_kind``: whose. How often the CPU was kicked is counted."""
 
-    core_kind: str
-    time: FakeTime = field(default_factory=FakeTime)
-    timer: FakeTimer = field(default_factory=FakeTimer)
-    kicks: int = 0
+    def __init__(
+        self, core_kind: str, timer: Timer, clock: TscClock, monotonic_ns: Callable[[], int] = time.monotonic_ns
+    ) -> None:
+        self.kicks = 0
+        self.lock = make_lock(core_kind)
+        self.lock.kick = self._kick
+        kind = LocalApic
+        if core_kind != "python":
+            from lguest_mp.machine.compiled import CompiledApic  # noqa: PLC0415
 
-    def __post_init__(self) -> None:
-        self.lock = make_lock(self.core_kind)
-        self.apic = self._make_apic()
+            kind = CompiledApic
+        self.apic = kind(self.lock, timer, clock, monotonic_ns)
         self.io_apic = IoApic(self.lock, self.apic)
         self.apic.connect(self.io_apic.end_of_interrupt)
-        self.lock.kick = self._kick
-        self.write(SVR, ENABLED)
-
-    def _make_apic(self) -> LocalApic:
-        if self.core_kind == "python":
-            return LocalApic(self.lock, self.timer, self.time, self.time)
-        from lguest_mp.machine.compiled import CompiledApic  # noqa: PLC0415
-
-        return CompiledApic(self.lock, self.timer, self.time, self.time)
 
     def _kick(self) -> None:
         assert not self.lock.locked()
         self.kicks += 1
+
+    def line(self, pin: int, asserted: bool) -> None:
+        with self.lock:
+            self.io_apic.set_line(pin, asserted)
+
+    def redirect(self, pin: int, entry: int) -> None:
+        """Writes a redirection entry, the high half first as kernels do."""
+        for half, word in ((1, entry >> 32), (0, entry & 0xFFFF_FFFF)):
+            self.io_apic.write(0x00, 4, 0x10 + pin * 2 + half)
+            self.io_apic.write(0x10, 4, word)
+
+
+class Board(Wiring):
+    """The same with time of the test's own, and with the software enable bit set."""
+
+    def __init__(self, core_kind: str) -> None:
+        self.time = FakeTime()
+        self.timer = FakeTimer()
+        super().__init__(core_kind, self.timer, self.time, self.time)
+        self.write(SVR, ENABLED)
 
     def read(self, register: int) -> int:
         return self.apic.read(register, 4)
@@ -113,16 +128,6 @@ class Board:
         data = vector | mode << 8 | (0xC000 if level else 0)
         with self.lock:
             return self.apic.message(0xFEE0_0000 | destination << 12, data)
-
-    def line(self, pin: int, asserted: bool) -> None:
-        with self.lock:
-            self.io_apic.set_line(pin, asserted)
-
-    def redirect(self, pin: int, entry: int) -> None:
-        """Writes a redirection entry, the high half first as kernels do."""
-        for half, word in ((1, entry >> 32), (0, entry & 0xFFFF_FFFF)):
-            self.io_apic.write(0x00, 4, 0x10 + pin * 2 + half)
-            self.io_apic.write(0x10, 4, word)
 
     def redirection(self, pin: int) -> int:
         entry = 0

@@ -10,7 +10,6 @@ import contextlib
 import select
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ from fakemachine import (
     LVT_TIMER,
     SVR,
     TPR,
-    make_lock,
+    Wiring,
     make_loop,
 )
 from hypothesis import given, settings
@@ -35,7 +34,6 @@ from hypothesis import strategies as st
 
 from lguest_mp import core
 from lguest_mp.machine.clock import HostClock, Sample
-from lguest_mp.machine.ioapic import IoApic
 from lguest_mp.machine.lapic import LocalApic
 from lguest_mp.machine.timer import HostTimer
 
@@ -70,37 +68,22 @@ def timer_setting(fd: int) -> int:
     return round(2 * int(seconds) * SECOND / FAR)
 
 
-@dataclass
-class RealTimeBoard:
-    """The APICs with a timer of the host's."""
+class RealTimeBoard(Wiring):
+    """The APICs with a timer of the host's; the counter was 0 at ``origin``."""
 
-    core_kind: str
-    origin: int
-    kicks: int = 0
-    taken: list[int | None] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.lock = make_lock(self.core_kind)
-        self.lock.kick = self._kick
+    def __init__(self, core_kind: str, origin: int) -> None:
+        self.taken: list[int | None] = []
         self.timer = HostTimer()
-        clock = HostClock(FakeCounter(self.origin))
-        if self.core_kind == "python":
-            self.apic = LocalApic(self.lock, self.timer, clock)
-        else:
+        self.clock = HostClock(FakeCounter(origin))
+        super().__init__(core_kind, self.timer, self.clock)
+        if core_kind != "python":
             from lguest_mp.machine.compiled import CompiledApic  # noqa: PLC0415 -- it may not have been built
 
-            self.apic = CompiledApic(self.lock, self.timer, clock)
+            assert isinstance(self.apic, CompiledApic)
             self.apic.use_timer(self.timer.fd)
-            clock.line_drawn = self.apic.line_drawn
-        self.clock = clock
-        self.io_apic = IoApic(self.lock, self.apic)
-        self.apic.connect(self.io_apic.end_of_interrupt)
-        self.loop = make_loop(self.core_kind, self.lock)
+            self.clock.line_drawn = self.apic.line_drawn
+        self.loop = make_loop(core_kind, self.lock)
         self.loop.add_shared(self.timer.fd, self.apic.timer_expired)
-
-    def _kick(self) -> None:
-        assert not self.lock.locked()
-        self.kicks += 1
 
     def close(self) -> None:
         self.loop.close()
@@ -127,15 +110,6 @@ class RealTimeBoard:
     def message(self, address: int, data: int) -> object:
         with self.lock:
             return self.apic.message(address, data)
-
-    def line(self, pin: int, asserted: bool) -> None:
-        with self.lock:
-            self.io_apic.set_line(pin, asserted)
-
-    def redirect(self, pin: int, entry: int) -> None:
-        for half, word in ((1, entry >> 32), (0, entry & 0xFFFF_FFFF)):
-            self.io_apic.write(0x00, 4, 0x10 + pin * 2 + half)
-            self.io_apic.write(0x10, 4, word)
 
     def take(self) -> None:
         self.taken.append(self.apic.take())
